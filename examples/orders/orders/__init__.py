@@ -1,0 +1,1 @@
+"""A small shop: the application that the README, the tests and the drills run."""

@@ -1,0 +1,181 @@
+#!/usr/bin/python
+"""Ansible module `celery_release`: pack an application for its hosts, reproducibly. Runs on the controller."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: celery_release
+short_description: Pack a Celery application and the runtime package into one release archive
+description:
+  - Runs on the controller. The same input gives the same archive, byte for byte, so that its
+    hash can name the release.
+options:
+  source:
+    description: Folder or wheel of the application.
+    type: path
+    required: true
+  requirements:
+    description: Requirements file; relative to I(source) where that is a folder, else to the current folder.
+    type: str
+    required: true
+  runtime:
+    description: Folder of the runtime package.
+    type: path
+    required: true
+  dest:
+    description: Folder that the archive is written to.
+    type: path
+    required: true
+  exclude:
+    description: Names, with globs, of files and folders of I(source) that are left out.
+    type: list
+    elements: str
+    default: []
+author: Celery Platform
+"""
+
+RETURN = r"""
+id:
+  description: First 12 hexadecimal digits of the SHA-256 of what is packed.
+  returned: always
+  type: str
+archive:
+  description: Path of the archive.
+  returned: always
+  type: str
+unpinned:
+  description: Requirements without an exact version.
+  returned: always
+  type: list
+"""
+
+import fnmatch
+import gzip
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+#: Time of every packed file, in seconds since 1970: 1 January 2000. Wheels, being zip files, refuse times before 1980.
+PACKED_TIME = 946_684_800
+
+#: Never part of a release: version control, caches, environments, and files that usually hold secrets.
+ALWAYS_EXCLUDED = (
+    ".git", ".hg", ".svn", "__pycache__", "*.pyc", ".venv", "venv", ".tox", ".nox", ".env", ".mypy_cache",
+    ".pytest_cache", ".ruff_cache", "node_modules", "*.egg-info",
+)  # fmt: skip
+
+
+def files_of(folder: Path, exclude: tuple[str, ...]) -> Iterator[Path]:
+    """Yield the files and links below a folder in a fixed order, without what is excluded.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist.
+    """
+    for entry in sorted(folder.iterdir()):
+        if any(fnmatch.fnmatch(entry.name, pattern) for pattern in exclude):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            yield from files_of(entry, exclude)
+        else:
+            yield entry
+
+
+def requirement_lines(text: str) -> Iterator[str]:
+    """Yield the requirements of a requirements file, without comments, options and hashes."""
+    for line in text.replace("\\\n", " ").splitlines():
+        line = re.split(r"(?:^|\s)#", line)[0].split(" --")[0].strip()
+        if line and not line.startswith("-"):
+            yield line
+
+
+def project_name(requirement: str) -> str:
+    """Return the normalized project name of a requirement (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[\s\[=<>!~;@(]", requirement, maxsplit=1)[0]).lower()
+
+
+def unpinned(requirements: str) -> list[str]:
+    """Return the requirements that may resolve to another version tomorrow."""
+    return [line for line in requirement_lines(requirements) if not re.search(r"==[^*]+$|@", line.split(";")[0].strip())]
+
+
+def constraints_for(requirements: str, constraints: str) -> str:
+    """Return the constraints without the projects that the application pins itself: its choice wins."""
+    own = {project_name(line) for line in requirement_lines(requirements)}
+    return "".join(f"{line}\n" for line in requirement_lines(constraints) if project_name(line) not in own)
+
+
+def contents(source: Path, requirements: str, runtime: Path, exclude: tuple[str, ...]) -> Iterator[tuple[str, Path | bytes]]:
+    """Yield the name and content of everything in a release."""
+    local = ["-c constraints.txt", "./runtime"]
+    if source.is_dir():
+        for path in files_of(source, exclude):
+            yield f"app/{path.relative_to(source)}", path
+    else:
+        yield "app/.keep", b""
+        yield f"wheels/{source.name}", source
+        local.append(f"./wheels/{source.name}")
+    for path in files_of(runtime, (*ALWAYS_EXCLUDED, "tests")):
+        yield f"runtime/{path.relative_to(runtime)}", path
+    yield "requirements.txt", requirements.encode()
+    yield "constraints.txt", constraints_for(requirements, (runtime / "constraints.txt").read_text()).encode()
+    yield "local.txt", "\n".join([*local, ""]).encode()
+
+
+def pack(entries: Iterator[tuple[str, Path | bytes]]) -> bytes:
+    """Return a tar archive that depends on nothing but names, contents, links and the executable bit."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, content in entries:
+            info = tarfile.TarInfo(name)
+            info.mode = 0o644
+            info.mtime = PACKED_TIME
+            if isinstance(content, Path) and content.is_symlink():
+                info.type, info.linkname = tarfile.SYMTYPE, str(content.readlink())
+                archive.addfile(info)
+                continue
+            if isinstance(content, Path):
+                info.mode = 0o755 if content.stat().st_mode & 0o100 else 0o644
+                content = content.read_bytes()
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "source": {"type": "path", "required": True},
+            "requirements": {"type": "str", "required": True},
+            "runtime": {"type": "path", "required": True},
+            "dest": {"type": "path", "required": True},
+            "exclude": {"type": "list", "elements": "str", "default": []},
+        },
+        supports_check_mode=True,
+    )
+    source, runtime, dest = (Path(module.params[name]) for name in ("source", "runtime", "dest"))
+    requirements = source / module.params["requirements"] if source.is_dir() else Path(module.params["requirements"])
+    try:
+        text = requirements.read_text()
+        packed = pack(contents(source, text, runtime, (*ALWAYS_EXCLUDED, *module.params["exclude"])))
+    except OSError as error:
+        module.fail_json(msg=f"cannot pack the application: {error}")
+
+    release = hashlib.sha256(packed).hexdigest()[:12]
+    archive = dest / f"{release}.tar.gz"
+    # A cache on the controller, so written in check mode too: the check can then look at the release.
+    if not archive.exists():
+        dest.mkdir(parents=True, exist_ok=True)
+        partial = archive.with_suffix(".partial")
+        partial.write_bytes(gzip.compress(packed, mtime=0))
+        partial.rename(archive)
+    module.exit_json(changed=False, id=release, archive=str(archive), unpinned=unpinned(text))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Production behaviour for any Celery application, without changing its code."""
