@@ -1,0 +1,76 @@
+# Celery Platform. `make help` lists the targets.
+ENV  ?= quickstart
+ARGS ?=
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+PLAY   := $(BIN)/ansible-playbook -i inventories/$(ENV)
+LAB    := .lab/inventories-$(ENV)
+SSH    := ssh -F $(LAB)/ssh_config
+WORKER  = $(shell $(BIN)/ansible -i inventories/$(ENV) --list-hosts 'celery_worker[0]' | tail -n 1)
+export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
+
+.DEFAULT_GOAL := help
+.PHONY: help deploy demo status ssh secrets destroy test lint unit molecule docs clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo "  ENV=<name> chooses inventories/<name> (now: $(ENV)); ARGS=… goes to ansible-playbook."
+
+deploy: $(VENV)/controller ## Set up everything in ENV; a lab environment's hosts are started on this machine
+	@$(PLAY) playbooks/lab.yml $(ARGS)
+	@$(PLAY) site.yml $(ARGS)
+	@if [ -f $(LAB)/ssh_config ]; then $(MAKE) --no-print-directory demo; fi
+	@$(MAKE) --no-print-directory status
+	@echo
+	@echo "What to type next:"
+	@if [ -f $(LAB)/ssh_config ]; then echo "  make ssh ENV=$(ENV)          a shell on $(WORKER); there: celery-exec celery inspect active"; fi
+	@echo "  make deploy ENV=$(ENV)       again, after a change in inventories/$(ENV)"
+	@if [ -f $(LAB)/ssh_config ]; then echo "  make destroy ENV=$(ENV)      remove the lab's hosts"; fi
+
+demo: $(VENV)/controller ## Send tasks to all queues of the example application and show their results
+	@echo; echo "Sending tasks to all queues:"
+	@if [ -t 1 ]; then tty=-tt; fi; $(SSH) -q $$tty $(WORKER) celery-exec python -m orders.demo
+
+status: $(VENV)/controller ## Show what runs where
+	@$(PLAY) playbooks/operations/status.yml $(ARGS)
+
+ssh: ## Open a shell on a lab host (HOST=…)
+	@$(SSH) $(or $(HOST),$(WORKER))
+
+secrets: $(VENV)/controller ## Write random values for the secrets that ENV lacks; encrypt them with ansible-vault
+	@$(PLAY) playbooks/operations/generate_secrets.yml $(ARGS)
+
+destroy: $(VENV)/controller ## Remove the lab hosts of ENV
+	@$(PLAY) playbooks/lab.yml -e lab_state=absent
+
+test: lint unit molecule ## Everything that .ci/run runs
+
+lint: $(VENV)/test ## Lint, types, generated documentation
+	$(BIN)/yamllint --strict .
+	$(BIN)/ansible-lint --offline
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	cd runtime && ../$(BIN)/mypy
+
+unit: $(VENV)/test ## Unit tests of the plugins and the runtime package
+	$(BIN)/pytest -q
+
+molecule: $(VENV)/test ## The quickstart on Debian 12 and on Debian 13
+	PATH="$(CURDIR)/$(BIN):$$PATH" molecule/run
+
+docs: $(VENV)/test ## Write the variables' tables in the roles' READMEs
+	for role in roles/*/; do $(BIN)/aar-doc $$role markdown; done
+
+clean: destroy ## Remove the lab hosts of ENV, the virtual environment and all caches
+	rm -rf $(VENV) .lab .ansible .pytest_cache .ruff_cache .mypy_cache
+
+$(VENV)/controller: requirements.txt
+	@test -x $(BIN)/python || python3 -m venv $(VENV)
+	@echo "Installing Ansible into $(VENV) …"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/test: requirements-test.txt $(VENV)/controller
+	@echo "Installing the test tools into $(VENV) …"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@touch $@
