@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PLAY   := $(BIN)/ansible-playbook -i inventories/$(ENV)
 LAB    := .lab/inventories-$(ENV)
 SSH    := ssh -F $(LAB)/ssh_config
-WORKER  = $(shell $(BIN)/ansible -i inventories/$(ENV) --list-hosts 'celery_worker[0]' | tail -n 1)
+WORKER  = $(shell $(BIN)/ansible -i inventories/$(ENV) --list-hosts 'celery_worker[0]' | awk 'END {print $$1}')
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
 .DEFAULT_GOAL := help

@@ -1,0 +1,47 @@
+"""A second run finds nothing to do; new code is a new release; a worker that the inventory drops is gone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from celery import Celery
+from nodes import REPOSITORY, Node
+
+testinfra_hosts = ["ansible://celery_worker"]
+
+
+def test_a_check_of_the_converged_host_finds_nothing_to_do(node: Node) -> None:
+    assert node.converge("--check", "--diff")["changed"] == []
+
+
+def test_new_code_is_a_new_release_and_the_old_one_is_kept(node: Node, orders: Celery, tmp_path: Path) -> None:
+    def running() -> tuple[str, list[str]]:
+        release = node.host.check_output("readlink /opt/celery/current")
+        return release, [node.show(f"celery-worker@{name}", "MainPID")["MainPID"] for name in ("critical", "default")]
+
+    first, pids = running()
+    built = node.host.file(f"/opt/celery/{first}/.complete").mtime
+    source = tmp_path / "orders"
+    shutil.copytree(REPOSITORY / "examples/orders", source)
+    with (source / "orders/tasks.py").open("a") as tasks:
+        tasks.write('\n\n@app.task\ndef greet() -> str:\n    """Show that this release runs."""\n    return "new release"\n')
+
+    # One change more, to spare a run: the default worker takes over the queue of a worker that goes.
+    workers = [{"name": "critical", "queues": ["critical"]}, {"name": "default", "queues": ["default", "batch"]}]
+    node.converge("-e", json.dumps({"celery_app_source": str(source), "celery_worker_list": workers}))
+    second, new_pids = running()
+    assert second != first
+    assert not set(pids) & set(new_pids)
+    assert orders.send_task("orders.tasks.greet", queue="default").get(timeout=20) == "new release"
+    assert not node.host.file("/etc/systemd/system/celery-worker@batch.service").exists
+    assert node.show("celery-worker@batch", "ActiveState")["ActiveState"] == "inactive"
+    assert orders.send_task("orders.tasks.batch_report", ("2026-11-20", 3)).get(timeout=20)["total"] == 3
+
+    node.converge()
+    assert running()[0] == first
+    assert node.host.file(f"/opt/celery/{first}/.complete").mtime == built
+    assert node.host.file(f"/opt/celery/{second}/.complete").exists
+    assert node.host.service("celery-worker@batch").is_running
+    assert node.converge()["changed"] == []
