@@ -14,7 +14,7 @@ from nodes import Node
 @pytest.fixture(scope="module")
 def node(host: testinfra.host.Host, request: pytest.FixtureRequest) -> Node:
     """Return the host under test."""
-    return Node(host, Path(request.config.getoption("ansible_inventory")))
+    return Node(host, Path(request.config.getoption("ansible_inventory")).resolve())
 
 
 @pytest.fixture(scope="module")

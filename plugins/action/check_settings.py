@@ -28,6 +28,8 @@ MIN_SECRET_LENGTH = 24
 EXAMPLE_WORDS = ("changeme", "change_me", "change-me", "password", "example", "secret", "default", "replace")
 #: A variable or key with such a name holds a secret of ours.
 SECRET_NAME = re.compile(r"(^|_)(password|requirepass|passphrase)$")
+#: Releases of Debian that the tests run on.
+SUPPORTED_DEBIAN = ("12", "13")
 #: How alike a name must be to a known one to be taken for a typing error (difflib's ratio, 0 to 1).
 LIKENESS = 0.85
 
@@ -136,6 +138,11 @@ class ActionModule(ActionBase):
         return result | {"ansible_facts": {"settings_problems": [*earlier, *problems]}}
 
     def _problems(self, role: str, rules: list[dict[str, str]]) -> Iterator[str]:
+        facts = self._vars["ansible_facts"]
+        if facts["distribution"] != "Debian" or facts["distribution_major_version"] not in SUPPORTED_DEBIAN:
+            system = f"{facts['distribution']} {facts['distribution_version']}"
+            yield self._problem(self._vars["inventory_hostname"], f"runs {system}", f"hosts with Debian {' or '.join(SUPPORTED_DEBIAN)}")
+
         for name, meant in unknown_names(self._inventory_names()):
             yield self._problem(name, "is not a variable of this project", f"{meant}, perhaps" if meant else "see the roles' READMEs")
 

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import check_settings
 import pytest
 import yaml
+
+import check_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOOD_SECRET = "nX7cY2pK9mQ4wL8vD3fG6hJ1"
@@ -45,7 +46,6 @@ def test_a_name_with_the_prefix_of_a_role_must_be_known() -> None:
     [
         "nginx_port",
         "timezone",
-        "my_redis_port",
         "ansible_host",
         "vault_redis_requirepass",
         "vault_redis_bindd",
@@ -104,7 +104,7 @@ def test_a_secret_is_judged(value: Any, problem: str) -> None:
         ("redis_port", 6379, []),
         ("redis_bind", ["password"], []),
         ("celery_app_password_file", "/run/x", []),
-        ("a", {"password_hint": "x", "passwords_kept": 3}, []),
+        ("a", {"password_hint": "x", "passwords_kept": 3, "nopassword": True}, []),
     ],
 )
 def test_secrets_are_found_however_deep(name: str, value: Any, found: list[tuple[str, Any]]) -> None:
@@ -123,9 +123,9 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 
 FILES = {
     "hosts.yml": "all:\n  hosts:\n    web1:\n      in_hosts: 1\n",
-    "group_vars/all/main.yml": "everywhere: 1\nredis_port_extra: 1\n# in_comment: 1\nnested:\n  - in_list: 1\n",
+    "group_vars/all/main.yml": "everywhere: 1\n",
     "group_vars/all/vault.yml": "vault_one: 1\n",
-    "group_vars/redis.yaml": "in_group: 1\n",
+    "group_vars/redis.yaml": "in_group: 1\nredis_port_extra: 1\n# in_comment: 1\nnested:\n  - in_list: 1\n",
     "host_vars/web1.yml": "everywhere: 2\nof_host: 1\n",
     "host_vars/web2/main.yml": "of_other_host: 1\n",
 }
@@ -141,7 +141,7 @@ FILES = {
         ("of_other_host", "web1", "group_vars/all/main.yml"),
         ("in_hosts", "web1", "hosts.yml"),
         ("in_group", "web1", "group_vars/redis.yaml"),
-        ("in_list", "web1", "group_vars/all/main.yml"),
+        ("in_list", "web1", "group_vars/redis.yaml"),
         ("vault_one", "web1", "group_vars/all/vault.yml"),
         ("vault_missing", "web1", "group_vars/all/vault.yml"),
         ("redis_requirepass", "web1", "group_vars/all/vault.yml"),
@@ -293,13 +293,6 @@ def test_good_settings_pass(judge: Judge) -> None:
             id="queue without worker",
         ),
         pytest.param(
-            {"celery_worker_list": [CRITICAL, {**DEFAULT, "queues": ["default", "nowhere"]}]},
-            "celery_worker_list",
-            '"nowhere"',
-            "queues that celery_app_queues names",
-            id="worker of unknown queue",
-        ),
-        pytest.param(
             {"celery_worker_list": [CRITICAL | {"concurrency": 0}, DEFAULT]},
             "celery_worker_list",
             '"concurrency": 0',
@@ -321,25 +314,11 @@ def test_good_settings_pass(judge: Judge) -> None:
             id="soft limit above hard limit",
         ),
         pytest.param(
-            {"celery_app_visibility_timeout": 900},
-            "celery_app_visibility_timeout",
-            "is 900",
-            "more than celery_app_time_limit",
-            id="tasks handed out twice",
-        ),
-        pytest.param(
             {"celery_app_routes": {"orders.*": {"queue": "nowhere"}}},
             "celery_app_routes",
             '"nowhere"',
             "routes to queues that celery_app_queues names",
             id="route to unknown queue",
-        ),
-        pytest.param(
-            {"celery_app_source": "/no/such/folder"},
-            "celery_app_source",
-            '"/no/such/folder"',
-            "an existing folder or wheel on this machine",
-            id="no such application",
         ),
     ],
 )
@@ -376,24 +355,29 @@ def test_a_bad_secret_stops_the_run(judge: Judge, value: str | None, what: str) 
 
 
 def test_many_mistakes_are_told_at_once(judge: Judge) -> None:
-    expected = {
-        "redis_bindd": "redis_bind, perhaps",
-        "vault_redis_requirepass": "at least 24 characters",
-        "redis_port": "a number from 1 to 65535",
-        "celery_app_soft_time_limit": "less than celery_app_time_limit",
-        "celery_app_routes": "routes to queues that celery_app_queues names",
-        "celery_app_queues": "queues that a worker of some host consumes",
-        "celery_worker_list": "a concurrency of 1 or more",
-        "celery_beat_group": "a group of exactly one host",
-    }
+    expected = [
+        ("redis_bindd", "redis_bind, perhaps"),
+        ("vault_redis_requirepass", "at least 24 characters"),
+        ("redis_port", "a number from 1 to 65535"),
+        ("celery_app_source", "an existing folder or wheel on this machine"),
+        ("celery_app_soft_time_limit", "less than celery_app_time_limit"),
+        ("celery_app_visibility_timeout", "more than celery_app_time_limit"),
+        ("celery_app_routes", "routes to queues that celery_app_queues names"),
+        ("celery_app_queues", "queues that a worker of some host consumes"),
+        ("celery_worker_list", "queues that celery_app_queues names"),
+        ("celery_worker_list", "a concurrency of 1 or more"),
+        ("celery_beat_group", "a group of exactly one host"),
+    ]
     result = judge(
         {
             "redis_bindd": [],
             "redis_port": 0,
+            "celery_app_source": "/no/such/folder",
             "celery_app_soft_time_limit": 1000,
+            "celery_app_visibility_timeout": 900,
             "celery_app_routes": {"orders.*": {"queue": "nowhere"}},
             "celery_app_queues": ["critical", "default", "orphan"],
-            "celery_worker_list": [CRITICAL, DEFAULT | {"concurrency": 0}],
+            "celery_worker_list": [CRITICAL, DEFAULT | {"concurrency": 0, "queues": ["default", "nowhere"]}],
         },
         {"vault_redis_requirepass": "Zq8vT3nB6yH1kW5r"},
         hosts=("one", "two"),
@@ -403,8 +387,8 @@ def test_many_mistakes_are_told_at_once(judge: Judge) -> None:
     assert result.code != 0
     assert f"{len(expected)} settings are wrong; nothing was changed on any host." in result.message
     assert len(result.problems) == len(expected)
-    for variable, allowed in expected.items():
-        assert allowed in result.about(variable).allowed
+    for variable, allowed in expected:
+        assert any(problem.what.startswith(f"{variable} ") and allowed in problem.allowed for problem in result.problems), variable
 
 
 @pytest.mark.xfail(strict=True, reason="defect: names group_vars/all/main.yml, but the hosts of a group are in hosts.yml")
@@ -424,17 +408,19 @@ def test_a_mistake_of_one_host_names_its_file(judge: Judge) -> None:
     assert [(problem.what, problem.file) for problem in result.problems] == [("redis_port is 0", "inventory/host_vars/two.yml")]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({"redis_users": [{"name": "orders", "password": "{{ vault_redis_requirepass }}"}] * 2}, id="users of one name"),
-        pytest.param({"celery_app_credentials": {"api key": "{{ vault_redis_requirepass }}"}}, id="credential's name"),
-        pytest.param({"redis_settings": {"requirepass": "{{ vault_redis_requirepass }}"}}, id="setting that has a variable"),
-    ],
-)
 @pytest.mark.xfail(strict=True, reason="defect: a rule that does not hold shows the whole value, secrets included")
-def test_a_rule_shows_no_secret(judge: Judge, settings: dict[str, Any]) -> None:
-    assert judge(settings).code != 0
+def test_a_rule_shows_no_secret(judge: Judge) -> None:
+    secret = "{{ vault_redis_requirepass }}"
+    result = judge(
+        {
+            "redis_users": [{"name": "orders", "password": secret}] * 2,
+            "redis_settings": {"requirepass": secret},
+            "celery_app_credentials": {"api key": secret},
+        }
+    )
+
+    assert result.code != 0
+    assert "3 settings are wrong" in result.message
 
 
 @pytest.mark.xfail(strict=True, reason="defect: one bad vault variable is told once per place that refers to it, with the wrong file")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from celery_platform.worker import app
+from celery_platform.worker import app  # noqa: F401 - gives the tasks' application its settings
 from orders import tasks
 
 TASKS_PER_QUEUE = 20
