@@ -8,9 +8,11 @@ variable, the file that sets it and what is allowed.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import functools
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from ansible.errors import AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
 from ansible.template import trust_as_template
+from ansible.utils.vars import load_extra_vars
 
 ROLES = Path(__file__).resolve().parents[2] / "roles"
 
@@ -31,7 +34,7 @@ SECRET_NAME = re.compile(r"(^|_)(password|requirepass|passphrase)$")
 #: Releases of Debian that the tests run on.
 SUPPORTED_DEBIAN = ("12", "13")
 #: How alike a name must be to a known one to be taken for a typing error (difflib's ratio, 0 to 1).
-LIKENESS = 0.85
+LIKENESS = 0.9
 
 
 @functools.cache
@@ -64,8 +67,10 @@ def unknown_names(names: set[str]) -> Iterator[tuple[str, str]]:
 
 def secret_problem(value: Any) -> str:
     """Say what is wrong with a secret's value, without showing it; '' if nothing is."""
-    if not isinstance(value, str) or not value:
+    if value is None or value == "":
         return "is empty"
+    if not isinstance(value, str):
+        return "is no text (put it in quotes)"
     if "$ANSIBLE_VAULT" in value:
         return "is still encrypted"
     if len(value) < MIN_SECRET_LENGTH:
@@ -88,20 +93,29 @@ def secrets_in(name: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from secrets_in(f"{name}[{label}]", item)
 
 
-def defining_file(variable: str, inventory: Path, host: str) -> str:
-    """Return the inventory file that sets a variable, or the one where it would be looked for.
+def defining_file(variable: str, inventory: Path, host: str, groups: Sequence[str] = ()) -> str:
+    """Return the inventory file that sets a variable for a host, or the one where it would be looked for.
 
-    Files of the host win over those of its groups, as they do in Ansible.
+    As in Ansible, files of the host win over those of its groups, and those over `all`.
     """
-    pattern = re.compile(rf"^\s*(?:- )?{re.escape(variable)}\s*:", re.MULTILINE)
+    pattern = re.compile(rf"^[^#\n]*?(?<![\w.-]){re.escape(variable)}\s*[:=]", re.MULTILINE)
     folder = inventory if inventory.is_dir() else inventory.parent
-    files = [f for f in sorted(folder.rglob("*.y*ml")) if "host_vars" not in f.parts or host in str(f)]
-    files.sort(key=lambda f: "host_vars" not in f.parts)
-    for file in files:
-        if pattern.search(file.read_text(errors="replace")):
-            return shown(file)
+    places = [("host_vars", host), *(("group_vars", group) for group in groups), ("group_vars", "all"), ()]
+    for place in places:
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            parts = file.relative_to(folder).parts
+            here = (parts[0], parts[1].split(".")[0] if len(parts) == 2 else parts[1]) if len(parts) > 1 else ()
+            if here == place and pattern.search(file.read_text(errors="replace")):
+                return shown(file)
     name = "vault.yml" if variable.startswith("vault_") or SECRET_NAME.search(variable) else "main.yml"
     return shown(folder / "group_vars" / "all" / name)
+
+
+def without_none(value: Any) -> Any:
+    """Return a value without the None that argument specs put where an option was left out."""
+    if isinstance(value, Mapping):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def shown(path: Path) -> str:
@@ -113,11 +127,18 @@ def shown(path: Path) -> str:
 
 
 class ActionModule(ActionBase):
-    """Arguments: `role`, and `rules`, a list of {variable, that, allowed}.
+    """Arguments: `role`, and `rules`, a list of dicts with these keys.
 
-    `that` is a condition over the variables, judged only if the role's argument specs hold.
+    - `variable`: the setting that is judged.
+    - `that`: a condition over the role's variables, judged only if its argument specs hold.
+    - `allowed`: what is allowed, in words.
+    - `found` (optional): an expression for what is wrong. Numbers, words and yes or no are shown without it; lists
+      and dicts never are, since they may hold secrets.
+    - `file` (optional): the file to edit, if it is not the one that sets the variable.
+
     With the variable `check_settings_collect` true (as playbooks/preflight.yml sets it) problems are
     added to the fact `settings_problems`, for one common message; otherwise they fail the task.
+    Variables that match a glob in the variable `check_settings_ignore` belong to others, whatever they begin with.
     """
 
     _requires_connection = False
@@ -131,75 +152,124 @@ class ActionModule(ActionBase):
         if not role_options(role):
             raise AnsibleError(f"check_settings: no argument specs for a role {role!r} in {ROLES}")
 
-        problems = list(self._problems(role, self._task.args.get("rules") or []))
+        problems = list(dict.fromkeys(self._problems(role, self._task.args.get("rules") or [])))
         if not self._vars.get("check_settings_collect", False):
             return result | ({"failed": True, "msg": "\n\n".join(problems)} if problems else {})
         earlier = self._vars["ansible_facts"].get("settings_problems", [])
         return result | {"ansible_facts": {"settings_problems": [*earlier, *problems]}}
 
     def _problems(self, role: str, rules: list[dict[str, str]]) -> Iterator[str]:
-        facts = self._vars["ansible_facts"]
-        if facts["distribution"] != "Debian" or facts["distribution_major_version"] not in SUPPORTED_DEBIAN:
-            system = f"{facts['distribution']} {facts['distribution_version']}"
-            yield self._problem(self._vars["inventory_hostname"], f"runs {system}", f"hosts with Debian {' or '.join(SUPPORTED_DEBIAN)}")
-
-        for name, meant in unknown_names(self._inventory_names()):
-            yield self._problem(name, "is not a variable of this project", f"{meant}, perhaps" if meant else "see the roles' READMEs")
-
+        yield from self._problems_of_host()
+        options = role_options(role)
         values: dict[str, Any] = {}
-        broken = False
-        for name, option in role_options(role).items():
-            if name not in self._vars:
-                if option.get("required"):
-                    broken = True
-                    yield self._problem(name, "is not set", self._allowed(option, name))
-                continue
-            try:
-                values[name] = self._templar.template(self._vars[name])
-            except AnsibleError as error:
-                broken = True
-                missing = re.search(r"'(\w+)' is undefined", str(error))
-                if missing and missing[1] != name:
-                    yield self._problem(missing[1], "is not set", self._allowed(option, missing[1]))
-                else:
-                    yield self._problem(name, "cannot be read", f"a value that Ansible can decrypt and template ({error})")
+        wrong: list[str] = []
+        for name, option in options.items():
+            if name in self._vars:
+                try:
+                    values[name] = self._templar.template(self._vars[name])
+                except AnsibleError as error:
+                    wrong.append(self._unreadable(name, error))
+            elif option.get("required"):
+                wrong.append(self._problem(name, "is not set", self._allowed(name)))
+            if isinstance(values.get(name), str) and option["type"] == "list":
+                wrong.append(self._problem(name, "is text, not a list", self._allowed(name)))
+                del values[name]
 
-        spec = {name: {k: v for k, v in option.items() if k != "required"} for name, option in role_options(role).items()}
-        for message in ArgumentSpecValidator(spec).validate(values).error_messages:
-            broken = True
-            name = next((n for n in sorted(values, key=len, reverse=True) if n in message), role)
-            yield self._problem(name, f"does not fit: {message}", self._allowed(spec.get(name, {}), name))
+        # What is missing was reported above, with the file that should set it.
+        optional = {name: {**option, "required": False} for name, option in options.items()}
+        checked = ArgumentSpecValidator(optional).validate(values)
+        for message in checked.error_messages:
+            name = next((name for name in sorted(values, key=len, reverse=True) if name in message), "")
+            wrong.append(self._problem(name or role, f"does not fit: {message}", self._allowed(name)))
 
+        yield from wrong
         for variable, value in values.items():
             for path, secret in secrets_in(variable, value):
-                if wrong := secret_problem(secret):
-                    name = self._referred(variable)
-                    yield self._problem(name if path == variable else path, wrong, self._allowed({}, "password"), name)
+                if problem := secret_problem(secret):
+                    name = self._origin(secret)
+                    yield self._problem(name or path, problem, self._allowed("password"), name or variable)
+        if not wrong:
+            yield from self._broken_rules(rules, without_none(checked.validated_parameters))
 
-        if not broken:
-            for rule in rules:
-                if not self._templar.evaluate_conditional(rule["that"]):
-                    is_now = self._templar.template(trust_as_template("is {{ " + rule["variable"] + " | to_json }}"))
-                    yield self._problem(rule["variable"], "is wrong" if len(is_now) > 200 else is_now, rule["allowed"])
+    def _problems_of_host(self) -> Iterator[str]:
+        """Yield what is wrong whatever the role: the host's system, and names that no role knows."""
+        facts = self._vars["ansible_facts"]
+        if facts["distribution"] != "Debian" or facts["distribution_major_version"] not in SUPPORTED_DEBIAN:
+            what = f"runs {facts['distribution']} {facts['distribution_version']}"
+            allowed = f"hosts with Debian {' or '.join(SUPPORTED_DEBIAN)}"
+            yield self._problem(self._vars["inventory_hostname"], what, allowed, file="hosts.yml")
+
+        ignored = self._vars.get("check_settings_ignore", [])
+        for name, meant in unknown_names(self._inventory_names() - {"check_settings_ignore"}):
+            if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored):
+                perhaps = f"{meant}, perhaps; " if meant else ""
+                allowed = f"{perhaps}see the roles' READMEs, or name a variable of your own in check_settings_ignore"
+                yield self._problem(name, "is not a variable of this project", allowed)
+
+    def _broken_rules(self, rules: list[dict[str, str]], values: dict[str, Any]) -> Iterator[str]:
+        # Rules see values as the argument specs convert them: "2" as a number.
+        templar = self._templar.copy_with_new_env(available_variables=self._vars | values)
+        for rule in rules:
+            name = rule["variable"]
+            try:
+                if templar.evaluate_conditional(rule["that"]):
+                    continue
+                found = templar.template(trust_as_template("{{ " + rule.get("found", name) + " }}"))
+            except AnsibleError as error:
+                yield self._problem(name, f"cannot be judged: {error}", rule["allowed"], file=rule.get("file", ""))
+                continue
+            what = f"has {json.dumps(found)}"
+            if "found" not in rule:
+                shown_plainly = isinstance(found, bool | int | float | str) and not SECRET_NAME.search(name)
+                what = f"is {json.dumps(found)}" if shown_plainly else "is wrong"
+            yield self._problem(name, what, rule["allowed"], file=rule.get("file", ""))
+
+    def _unreadable(self, name: str, error: AnsibleError) -> str:
+        """Return the problem of a variable that cannot be templated, laid on the variable at the bottom of it."""
+        if missing := re.search(r"'(\w+)' is undefined", str(error)):
+            return self._problem(missing[1], "is not set", self._allowed(missing[1]))
+        for reference in re.findall(r"\w+", str(self._raw(name))):
+            if reference != name and reference in self._vars:
+                try:
+                    self._templar.template(self._vars[reference])
+                except AnsibleError as cause:
+                    return self._unreadable(reference, cause)
+        return self._problem(name, "cannot be read", f"a value that Ansible can decrypt and template ({error})")
+
+    def _raw(self, name: str) -> Any:
+        """Return a variable before templating; '' where even that needs a vault password that is not there."""
+        try:
+            return str(self._vars[name])
+        except AnsibleError:
+            return ""
+
+    def _origin(self, secret: Any) -> str:
+        """Return the variable of the inventory that holds just this text; '' if none does."""
+        if not isinstance(secret, str) or not secret:
+            return ""
+        return next((name for name in sorted(self._inventory_names(), reverse=True) if self._raw(name) == secret), "")
 
     def _inventory_names(self) -> set[str]:
         """Return the names that the inventory sets for this host, and those given with -e."""
         return {str(name) for name in self._vars["hostvars"].raw_get(self._vars["inventory_hostname"])}
 
-    def _referred(self, variable: str) -> str:
-        """Return the vault variable that a variable is nothing but a reference to, or its own name."""
-        match = re.fullmatch(r"\{\{\s*(\w+)\s*\}\}", str(self._vars.get(variable)).strip())
-        return match[1] if match else variable
-
     @staticmethod
-    def _allowed(option: dict[str, Any], name: str) -> str:
+    def _allowed(name: str) -> str:
+        """Return what a variable may hold: of a secret the rules above, of others what the argument specs say."""
         if SECRET_NAME.search(name):
             return f"at least {MIN_SECRET_LENGTH} characters, and no example; `make secrets` writes good ones"
+        option = next((role_options(role.name)[name] for role in ROLES.iterdir() if name in role_options(role.name)), {})
         if "choices" in option:
             return "one of " + ", ".join(str(choice) for choice in option["choices"])
-        description = option.get("description", "see the role's README")
-        return " ".join(description) if isinstance(description, list) else str(description)
+        return str(option.get("description", "see the roles' READMEs"))
 
-    def _problem(self, name: str, what: str, allowed: str, look_for: str = "") -> str:
-        file = defining_file(look_for or name, Path(self._vars["inventory_dir"]), self._vars["inventory_hostname"])
+    def _problem(self, name: str, what: str, allowed: str, set_by: str = "", file: str = "") -> str:
+        """Return one problem as the operator reads it."""
+        inventory = Path(self._vars["inventory_dir"])
+        if (set_by or name) in load_extra_vars(self._loader):
+            file = "none, it is set on the command line (-e)"
+        elif file:
+            file = shown(inventory / file)
+        else:
+            file = defining_file(set_by or name, inventory, self._vars["inventory_hostname"], self._vars["group_names"])
         return f"{name} {what}.\n    File: {file}\n    Allowed: {allowed}"

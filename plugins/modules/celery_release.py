@@ -15,8 +15,8 @@ options:
     type: path
     required: true
   requirements:
-    description: Requirements file; relative to I(source) where that is a folder, else to the current folder.
-    type: str
+    description: Requirements file. Files that it includes (C(-r)) are written into it.
+    type: path
     required: true
   runtime:
     description: Folder of the runtime package.
@@ -65,7 +65,7 @@ PACKED_TIME = 946_684_800
 
 #: Never part of a release: version control, caches, environments, and files that usually hold secrets.
 ALWAYS_EXCLUDED = (
-    ".git", ".hg", ".svn", "__pycache__", "*.pyc", ".venv", "venv", ".tox", ".nox", ".env", ".mypy_cache",
+    ".git", ".hg", ".svn", "__pycache__", "*.pyc", ".venv", "venv", ".tox", ".nox", ".env", ".env.*", ".mypy_cache",
     ".pytest_cache", ".ruff_cache", "node_modules", "*.egg-info",
 )  # fmt: skip
 
@@ -81,7 +81,7 @@ def files_of(folder: Path, exclude: tuple[str, ...]) -> Iterator[Path]:
             continue
         if entry.is_dir() and not entry.is_symlink():
             yield from files_of(entry, exclude)
-        else:
+        elif entry.is_file() or entry.is_symlink():
             yield entry
 
 
@@ -93,14 +93,31 @@ def requirement_lines(text: str) -> Iterator[str]:
             yield line
 
 
+def read_requirements(path: Path) -> str:
+    """Return a requirements file with the files that it includes in their places.
+
+    Raises:
+        OSError: if one of them cannot be read.
+    """
+
+    def included(match: re.Match[str]) -> str:
+        return read_requirements(path.parent / match[1])
+
+    return re.sub(r"^\s*(?:-r|--requirement)[ =]?\s*(\S+).*$", included, path.read_text(), flags=re.MULTILINE)
+
+
 def project_name(requirement: str) -> str:
     """Return the normalized project name of a requirement (PEP 503)."""
     return re.sub(r"[-_.]+", "-", re.split(r"[\s\[=<>!~;@(]", requirement, maxsplit=1)[0]).lower()
 
 
 def unpinned(requirements: str) -> list[str]:
-    """Return the requirements that may resolve to another version tomorrow."""
-    return [line for line in requirement_lines(requirements) if not re.search(r"==[^*]+$|@", line.split(";")[0].strip())]
+    """Return the requirements that may resolve to another version tomorrow.
+
+    A repository is pinned by a version after its path (`…/shop@v1`), any other address by being one file's.
+    """
+    pinned = re.compile(r"==[^*]+$|^git\+[^/]+://[^/]*/.+@[^@:]+$|^(?!git\+)\w+://")
+    return [line for line in requirement_lines(requirements) if not pinned.search(line.split(";")[0].split(" @ ")[-1].strip())]
 
 
 def constraints_for(requirements: str, constraints: str) -> str:
@@ -151,17 +168,18 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "source": {"type": "path", "required": True},
-            "requirements": {"type": "str", "required": True},
+            "requirements": {"type": "path", "required": True},
             "runtime": {"type": "path", "required": True},
             "dest": {"type": "path", "required": True},
             "exclude": {"type": "list", "elements": "str", "default": []},
         },
         supports_check_mode=True,
     )
-    source, runtime, dest = (Path(module.params[name]) for name in ("source", "runtime", "dest"))
-    requirements = source / module.params["requirements"] if source.is_dir() else Path(module.params["requirements"])
+    source, requirements, runtime, dest = (Path(module.params[name]) for name in ("source", "requirements", "runtime", "dest"))
+    if not source.exists():
+        module.fail_json(msg=f"cannot pack the application: there is no {source}")
     try:
-        text = requirements.read_text()
+        text = read_requirements(requirements)
         packed = pack(contents(source, text, runtime, (*ALWAYS_EXCLUDED, *module.params["exclude"])))
     except OSError as error:
         module.fail_json(msg=f"cannot pack the application: {error}")

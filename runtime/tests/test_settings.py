@@ -148,7 +148,6 @@ def test_without_a_password_a_url_stays_as_it_is(url: str, password: str | None)
     assert with_password(url, password) == url
 
 
-@pytest.mark.xfail(strict=True, reason="defect: a password in the URL stays, so Redis is sent `old:new`")
 def test_a_password_replaces_the_one_in_the_url() -> None:
     assert with_password("redis://orders:old@h/0", "new") == "redis://orders:new@h/0"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 from celery import Celery
@@ -24,13 +25,17 @@ def test_new_code_is_a_new_release_and_the_old_one_is_kept(node: Node, orders: C
     first, pids = running()
     built = node.host.file(f"/opt/celery/{first}/.complete").mtime
     source = tmp_path / "orders"
-    shutil.copytree(REPOSITORY / "examples/orders", source)
+    shutil.copytree(REPOSITORY / "examples/orders", source, ignore=shutil.ignore_patterns("__pycache__"))
     with (source / "orders/tasks.py").open("a") as tasks:
         tasks.write('\n\n@app.task\ndef greet() -> str:\n    """Show that this release runs."""\n    return "new release"\n')
 
+    git = ["git", "-C", source, "-c", "user.name=Test", "-c", "user.email=test@example.org"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "Greet"], ["tag", "v2"]):
+        subprocess.run([*git, *command], check=True)
+
     # One change more, to spare a run: the default worker takes over the queue of a worker that goes.
     workers = [{"name": "critical", "queues": ["critical"]}, {"name": "default", "queues": ["default", "batch"]}]
-    node.converge("-e", json.dumps({"celery_app_source": str(source), "celery_worker_list": workers}))
+    node.converge("-e", json.dumps({"celery_app_source": f"git+file://{source}@v2", "celery_worker_list": workers}))
     second, new_pids = running()
     assert second != first
     assert not set(pids) & set(new_pids)

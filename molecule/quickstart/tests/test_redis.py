@@ -69,7 +69,7 @@ def test_it_is_reachable_on_the_named_addresses_only(node: Node) -> None:
 def test_the_application_may_do_only_its_work(node: Node, command: str) -> None:
     application = node.redis("orders", node.secrets["vault_celery_redis_password"])
     # DEBUG is switched off for everyone, which Redis says before it looks at the user.
-    with pytest.raises(redis.ResponseError, match="(?i)no permissions|DEBUG command not allowed"):
+    with pytest.raises(redis.ResponseError, match=r"(?i)no permissions|DEBUG command not allowed"):
         application.execute_command(*command.split())
 
 

@@ -23,7 +23,10 @@ def test_tasks_sent_from_another_host_run_in_their_queues(node: Node, orders: Ce
     values = {queue: result.get(timeout=20) for queue, result in results.items()}
     assert values == {"critical": {"order": 1, "charged": 4200}, "default": "lamp: -1", "batch": {"day": "2026-11-20", "total": 45}}
     for queue, result in results.items():
-        wait_for(f"{result.id} in the log of {queue}", lambda q=queue, r=result: r.id in node.host.file(f"/var/log/celery/{q}.log").content_string)
+        wait_for(
+            f"{result.id} in the log of {queue}",
+            lambda q=queue, r=result: r.id in node.host.file(f"/var/log/celery/{q}.log").content_string,
+        )
 
 
 def test_a_failing_task_is_reported_as_failed(orders: Celery) -> None:

@@ -22,11 +22,12 @@ def read_credential(name: str) -> str | None:
 
 
 def with_password(url: str, password: str | None) -> str:
-    """Return the URL with the password put between its user and its host; unchanged if there is none."""
-    if not password:
-        return url
+    """Return the URL with this password for its user; unchanged if there is none, or no host to log in to."""
     parts = urlsplit(url)
-    user, _, host = parts.netloc.rpartition("@")
+    if not password or not parts.netloc:
+        return url
+    login, _, host = parts.netloc.rpartition("@")
+    user = login.partition(":")[0]
     return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}"))
 
 
@@ -56,12 +57,14 @@ class Settings(BaseSettings):
     prefetch_multiplier: Annotated[int, Field(ge=1)] = 1
 
     @model_validator(mode="after")
-    def _limits_in_order(self) -> Self:
+    def _values_fit_together(self) -> Self:
         if not self.soft_time_limit < self.time_limit < self.visibility_timeout:
             raise ValueError(
                 "CELERY_PLATFORM_SOFT_TIME_LIMIT < CELERY_PLATFORM_TIME_LIMIT < CELERY_PLATFORM_VISIBILITY_TIMEOUT must hold, "
                 f"but they are {self.soft_time_limit}, {self.time_limit} and {self.visibility_timeout} seconds"
             )
+        if self.default_queue not in self.queues:
+            raise ValueError(f"CELERY_PLATFORM_DEFAULT_QUEUE must be one of CELERY_PLATFORM_QUEUES, {self.queues}")
         return self
 
     def celery_config(self) -> dict[str, Any]:
