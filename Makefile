@@ -46,22 +46,23 @@ destroy: $(VENV)/controller ## Remove the lab hosts of ENV
 
 test: lint unit molecule ## Everything that .ci/run runs
 
-lint: $(VENV)/test ## Lint, types, generated documentation
+lint: $(VENV)/test ## Lint and types
 	$(BIN)/yamllint --strict .
 	$(BIN)/ansible-lint --offline
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	cd runtime && ../$(BIN)/mypy
 
-unit: $(VENV)/test ## Unit tests of the plugins and the runtime package
+unit: $(VENV)/test ## Unit tests of the plugins and the runtime package; the roles' documentation
 	$(BIN)/pytest -q
 
 molecule: $(VENV)/test ## The quickstart on Debian 12 and on Debian 13
 	PATH="$(CURDIR)/$(BIN):$$PATH" molecule/run
 
 docs: $(VENV)/test ## Write the variables' tables in the roles' READMEs
-	for role in roles/*/; do $(BIN)/aar-doc $$role markdown; done
+	@for role in roles/*/; do $(BIN)/aar-doc --output-template docs/role-variables.md.j2 $$role markdown; done
 
-clean: destroy ## Remove the lab hosts of ENV, the virtual environment and all caches
+clean: destroy ## Remove the lab hosts of ENV, their images, the virtual environment and all caches
+	podman image rm --force $$(podman images --quiet --filter reference='localhost/celery-lab*')
 	rm -rf $(VENV) .lab .ansible .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/controller: requirements.txt

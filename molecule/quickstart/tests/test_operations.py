@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 from celery import Celery
 from nodes import REPOSITORY, Node
 
@@ -15,6 +16,25 @@ testinfra_hosts = ["ansible://celery_worker"]
 
 def test_a_check_of_the_converged_host_finds_nothing_to_do(node: Node) -> None:
     assert node.converge("--check", "--diff")["changed"] == []
+
+
+def test_a_check_of_a_new_worker_tells_what_would_change(node: Node) -> None:
+    before = node.host.check_output("systemctl list-units 'celery-*' --plain --no-legend")
+    workers = [{"name": "all", "queues": ["critical", "default", "batch"]}]
+    changed = node.converge("--check", "-e", json.dumps({"celery_worker_list": workers}))["changed"]
+    assert "celery_worker : Write the workers' units" in changed
+    assert "celery_worker : Stop workers that are no longer wanted, letting them finish their tasks" in changed
+    assert node.host.check_output("systemctl list-units 'celery-*' --plain --no-legend") == before
+
+
+def test_another_distribution_stops_the_run(node: Node) -> None:
+    node.host.check_output("cp /usr/lib/os-release /tmp/os-release && mv /etc/debian_version /tmp/debian_version")
+    node.host.check_output("printf 'NAME=Ubuntu\\nID=ubuntu\\nVERSION_ID=24.04\\n' > /usr/lib/os-release")
+    try:
+        with pytest.raises(AssertionError, match=r"runs Ubuntu 24\.04.*Allowed: hosts with Debian 12 or 13"):
+            node.converge()
+    finally:
+        node.host.check_output("cp /tmp/os-release /usr/lib/os-release && mv /tmp/debian_version /etc/debian_version")
 
 
 def test_new_code_is_a_new_release_and_the_old_one_is_kept(node: Node, orders: Celery, tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""What a role says of itself in three places must agree: defaults, argument specs, README."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ROLES = sorted(path.name for path in (REPOSITORY / "roles").iterdir())
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_defaults_and_argument_specs_agree(role: str) -> None:
+    folder = REPOSITORY / "roles" / role
+    defaults = yaml.safe_load((folder / "defaults/main.yml").read_text())
+    options = yaml.safe_load((folder / "meta/argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
+
+    assert set(defaults) - set(options) == set()
+    documented = {name: option["default"] for name, option in options.items() if "default" in option}
+    assert {name: defaults.get(name) for name in documented} == documented
+    # What has no default in the specs is required, set per host, or computed.
+    for name in set(options) - set(documented):
+        if name in defaults:
+            assert "{{" in str(defaults[name]), f"{name} has a plain default that the specs do not name"
+        else:
+            assert options[name].get("required") or name == "lab_host_number", name
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_readme_is_what_make_docs_writes(role: str, tmp_path: Path) -> None:
+    copy = tmp_path / role
+    shutil.copytree(REPOSITORY / "roles" / role, copy)
+    command = [Path(sys.executable).with_name("aar-doc"), "--output-template", REPOSITORY / "docs/role-variables.md.j2", copy, "markdown"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+
+    assert (copy / "README.md").read_text() == (REPOSITORY / "roles" / role / "README.md").read_text()
