@@ -6,7 +6,9 @@ import logging
 import sys
 from typing import Any
 
-from celery import signals
+from celery import Celery, signals
+
+from celery_platform.settings import Settings
 
 
 def _also_to_stderr(logger: logging.Logger, loglevel: int, logfile: str | None, format: str, **_: Any) -> None:
@@ -19,7 +21,7 @@ def _also_to_stderr(logger: logging.Logger, loglevel: int, logfile: str | None, 
     logger.addHandler(handler)
 
 
-def connect() -> None:
+def install(app: Celery, settings: Settings) -> None:
     """Add the journal to the worker's and the tasks' loggers, in every process of a pool."""
     signals.after_setup_logger.connect(_also_to_stderr, weak=False)
     signals.after_setup_task_logger.connect(_also_to_stderr, weak=False)

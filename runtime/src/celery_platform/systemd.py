@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 
-from celery import signals
+from celery import Celery, signals
+
+from celery_platform.settings import Settings
 
 
 def notify(state: str) -> None:
@@ -26,7 +28,7 @@ def _stopping(**_: object) -> None:
     notify("STOPPING=1\nSTATUS=Finishing the running tasks")
 
 
-def connect() -> None:
+def install(app: Celery, settings: Settings) -> None:
     """Report a worker's consumer, or beat's first tick, as ready, and a shutdown as stopping."""
     signals.worker_ready.connect(_ready, weak=False)
     signals.beat_init.connect(_ready, weak=False)
