@@ -91,3 +91,24 @@ def site(tmp_path: Path) -> Iterator[Site]:
     folder.mkdir()
     yield Site(folder)
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Return a function that sets this process's settings: `environment(broker_url=…, secrets={"broker_password": …})`."""
+    for name in [name for name in os.environ if name.startswith("CELERY_PLATFORM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+
+    def set_all(*, secrets: dict[str, str] | None = None, **settings: str) -> None:
+        base = {"application": "shop:app", "broker_url": "redis://shop@redis.example:6379/0"}
+        for name, value in (base | settings).items():
+            monkeypatch.setenv(f"CELERY_PLATFORM_{name.upper()}", value)
+        if secrets:
+            folder = tmp_path / "secrets"
+            folder.mkdir(exist_ok=True)
+            for name, value in secrets.items():
+                (folder / name).write_text(value)
+            monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(folder))
+
+    return set_all
