@@ -67,7 +67,7 @@ def test_the_application_is_the_users_own_with_our_settings(load: Load) -> None:
     assert app.conf.result_backend is None
     assert app.conf.task_acks_late is True
     assert app.conf.accept_content == ["json"]
-    assert app.conf.task_soft_time_limit == 600
+    assert app.conf.task_soft_time_limit is None
     assert list(app.amqp.queues) == ["critical", "default"]
 
 

@@ -103,8 +103,6 @@ class Settings(BaseSettings):
             "task_acks_late": True,
             "task_reject_on_worker_lost": True,
             "task_track_started": True,
-            "task_soft_time_limit": self.soft_time_limit,
-            "task_time_limit": self.time_limit,
             "worker_prefetch_multiplier": self.prefetch_multiplier,
             "worker_max_tasks_per_child": self.max_tasks_per_child,
             "worker_send_task_events": True,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from celery import Celery
 from celery.app.utils import find_app
 
-from celery_platform import logs, systemd
+from celery_platform import limits, logs, systemd
 from celery_platform.settings import Settings
 
 
@@ -17,6 +17,7 @@ def load() -> Celery:
     settings = Settings()
     app: Celery = find_app(settings.application)
     app.conf.update(settings.celery_config())
+    limits.install(app, settings)
     logs.connect()
     systemd.connect()
     return app
