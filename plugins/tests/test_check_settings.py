@@ -318,6 +318,13 @@ def test_good_settings_pass(judge: Judge) -> None:
             id="soft limit above hard limit",
         ),
         pytest.param(
+            {"celery_worker_list": [CRITICAL | {"soft_time_limit": 900}, DEFAULT | {"time_limit": 600}, DEFAULT | {"name": "fine"}]},
+            "celery_worker_list",
+            'has "critical,default"',
+            "workers whose soft limit is below their hard one",
+            id="soft limit of a worker above its hard limit",
+        ),
+        pytest.param(
             {"celery_app_routes": {"orders.*": {"queue": "nowhere"}}},
             "celery_app_routes",
             '"nowhere"',

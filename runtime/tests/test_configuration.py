@@ -142,7 +142,7 @@ def test_the_environment_wins_over_the_application(environment: Environment) -> 
     app.conf.task_time_limit = 700
     choices = applied(app)
 
-    assert app.conf.task_time_limit == 800
+    assert app.conf.task_time_limit is None  # the worker's: limits.py
     assert choices["task_time_limit"].source == "environment"
 
 
@@ -153,7 +153,7 @@ def test_the_environment_wins_over_the_application(environment: Environment) -> 
         ("task_serializer", "pickle", "json"),
         ("task_acks_late", False, True),
         ("task_reject_on_worker_lost", False, True),
-        ("task_time_limit", 100_000, 900),
+        ("task_time_limit", 100_000, None),
     ],
 )
 def test_what_is_less_safe_is_overruled_with_a_warning(
@@ -199,3 +199,16 @@ def test_the_users_tasks_run(site: Site, redis_url: str) -> None:
         assert producer.send_task("add", (1, 2)).get(timeout=10) == 3
         assert producer.send_task("add", (1, 2), queue="critical").get(timeout=10) == 3
         wait_for("both in the log", lambda: site.log().count("succeeded in") == 2)
+
+
+def test_a_worker_has_the_limits_of_the_settings_or_of_its_command_line(site: Site, redis_url: str) -> None:
+    site.write(
+        "import time\nfrom celery import Celery\nfrom celery.exceptions import SoftTimeLimitExceeded\napp = Celery('shop')\n\n"
+        "@app.task(name='work')\ndef work():\n    start = time.monotonic()\n    try:\n        time.sleep(20)\n"
+        "    except SoftTimeLimitExceeded:\n        return time.monotonic() - start\n"
+    )
+    site.set(broker_url=f"{redis_url}/0", result_backend=f"{redis_url}/1", soft_time_limit="1", time_limit="10")
+    with site.worker("--queues=default"):
+        assert 0.9 < site.producer().send_task("work").get(timeout=10) < 2
+    with site.worker("--queues=default", "--soft-time-limit=3"):
+        assert 2.9 < site.producer().send_task("work").get(timeout=10) < 4

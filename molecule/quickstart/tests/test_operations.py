@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -53,8 +54,8 @@ def test_new_code_is_a_new_release_and_the_old_one_is_kept(node: Node, orders: C
     for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "Greet"], ["tag", "v2"]):
         subprocess.run([*git, *command], check=True)
 
-    # One change more, to spare a run: the default worker takes over the queue of a worker that goes.
-    workers = [{"name": "critical", "queues": ["critical"]}, {"name": "default", "queues": ["default", "batch"]}]
+    # Changes of the workers, to spare a run: one takes over the queue of another that goes, with a limit of its own.
+    workers = [{"name": "critical", "queues": ["critical"]}, {"name": "default", "queues": ["default", "batch"], "soft_time_limit": 3}]
     node.converge("-e", json.dumps({"celery_app_source": f"git+file://{source}@v2", "celery_worker_list": workers}))
     second, new_pids = running()
     assert second != first
@@ -63,6 +64,9 @@ def test_new_code_is_a_new_release_and_the_old_one_is_kept(node: Node, orders: C
     assert not node.host.file("/etc/systemd/system/celery-worker@batch.service").exists
     assert node.show("celery-worker@batch", "ActiveState")["ActiveState"] == "inactive"
     assert orders.send_task("orders.tasks.batch_report", ("2026-11-20", 3)).get(timeout=20)["total"] == 3
+
+    interrupted = orders.send_task("orders.tasks.batch_import", (60,)).get(timeout=20)
+    assert re.fullmatch(r"interrupted with 5[67] s to go", interrupted)
 
     node.converge()
     assert running()[0] == first

@@ -76,6 +76,9 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "timezone": os.environ.get("TZ", "UTC"),
         "enable_utc": True,
         **{name: getattr(settings, field) for name, field in FROM_SETTINGS.items()},
+        # The worker's own (limits.py): here they would go into every message, and win over those of its worker.
+        "task_soft_time_limit": None,
+        "task_time_limit": None,
         **broker.celery_config(settings),
         **queues.celery_config(settings),
     }
