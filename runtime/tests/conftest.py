@@ -64,7 +64,9 @@ def rabbitmq_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[st
         return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
     with (folder / "out").open("wb") as out:
-        server = subprocess.Popen(["/usr/lib/rabbitmq/bin/rabbitmq-server"], env=environment, stdout=out, stderr=out, start_new_session=True)
+        server = subprocess.Popen(
+            ["/usr/lib/rabbitmq/bin/rabbitmq-server"], env=environment, stdout=out, stderr=out, start_new_session=True
+        )
         try:
             wait_for("RabbitMQ", lambda: b"Server startup complete" in (folder / "out").read_bytes(), seconds=60)
             yield f"amqp://guest@127.0.0.1:{port}", control

@@ -75,7 +75,15 @@ class Site:
     @contextmanager
     def worker(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
         """Run a worker until the block ends (or it is killed in it); `self.log()` is what it printed."""
-        command = [Path(sys.executable).with_name("celery"), "-A", "celery_platform.worker:app", "worker", "--loglevel=INFO", "--concurrency=1", *arguments]
+        command = [
+            Path(sys.executable).with_name("celery"),
+            "-A",
+            "celery_platform.worker:app",
+            "worker",
+            "--loglevel=INFO",
+            "--concurrency=1",
+            *arguments,
+        ]
         start = len(self.log())
         with (self.folder / "worker.log").open("ab") as log:
             worker = subprocess.Popen(command, env=os.environ | self.environment, cwd=self.folder, stdout=log, stderr=log)

@@ -169,11 +169,22 @@ def test_what_is_less_safe_is_overruled_with_a_warning(
     assert f"{name} of the application is overruled" in caplog.text
 
 
+def test_a_result_backend_that_was_used_too_early_is_made_anew(environment: Environment) -> None:
+    environment(result_backend="redis://shop@redis.example:6379/1")
+    app = Celery("shop", set_as_current=False, backend="cache+memory://")
+    assert "Cache" in type(app.backend).__name__
+    applied(app)
+
+    assert app.backend.connparams["host"] == "redis.example"
+
+
 def test_a_namespace_of_the_application_is_understood(environment: Environment) -> None:
     """As Django projects configure Celery: CELERY_TASK_TIME_LIMIT."""
     environment()
     app = Celery("shop", set_as_current=False)
-    app.config_from_object({"CELERY_TASK_TIME_LIMIT": 700, "CELERY_ACCEPT_CONTENT": ["pickle"], "CELERY_BROKER_URL": "redis://x"}, namespace="CELERY")
+    app.config_from_object(
+        {"CELERY_TASK_TIME_LIMIT": 700, "CELERY_ACCEPT_CONTENT": ["pickle"], "CELERY_BROKER_URL": "redis://x"}, namespace="CELERY"
+    )
     applied(app)
 
     assert app.conf.task_time_limit == 700

@@ -25,8 +25,6 @@ def test_values_are_read_from_the_environment_and_from_credentials(environment: 
     environment(
         queues='["critical", {"name": "default", "priority": 5}]',
         routes='{"shop.pay*": {"queue": "critical", "priority": 0}}',
-        breakers='{"shop.*": {"failures": 2, "reset": 10}}',
-        rate_limits='{"shop.mail": "100/m"}',
         time_limit="700",
         log_arguments="true",
         secrets={"broker_password": "s3cret\n"},
@@ -35,7 +33,6 @@ def test_values_are_read_from_the_environment_and_from_credentials(environment: 
 
     assert [(queue.name, queue.priority) for queue in settings.queues] == [("critical", None), ("default", 5)]
     assert settings.routes["shop.pay*"].queue == "critical"
-    assert settings.breakers["shop.*"].reset == 10
     assert settings.time_limit == 700
     assert settings.log_arguments is True
     assert settings.broker_password is not None
@@ -57,7 +54,6 @@ def test_values_are_read_from_the_environment_and_from_credentials(environment: 
         ("default_queue", "nowhere", "CELERY_PLATFORM_DEFAULT_QUEUE is nowhere; allowed: one of CELERY_PLATFORM_QUEUES"),
         ("routes", '{"x": {"queue": "nowhere"}}', "CELERY_PLATFORM_ROUTES sends x to nowhere; allowed: one of CELERY_PLATFORM_QUEUES"),
         ("routes", '{"x": {"que": "default"}}', "CELERY_PLATFORM_ROUTES[x][que] is 'default'; allowed: Extra inputs"),
-        ("rate_limits", '{"x": "fast"}', "CELERY_PLATFORM_RATE_LIMITS[x] is 'fast'; allowed: String should match"),
         ("broker_url", "http://x", "CELERY_PLATFORM_BROKER_URL is 'http://x'; allowed: must begin with redis://"),
         ("encryption", "on", "CELERY_PLATFORM_ENCRYPTION is on; allowed: off, unless there is a credential encryption_keys"),
         ("tls_ca_file", "/no/such/file", "CELERY_PLATFORM_TLS_CA_FILE is '/no/such/file'; allowed: must be a file"),

@@ -48,17 +48,6 @@ class Route(BaseModel):
     priority: Annotated[int, Field(ge=0, le=9)] | None = None
 
 
-class Breaker(BaseModel):
-    """When a circuit breaker opens, and when it tries again."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    #: Failures in a row after which no task of this pattern is run.
-    failures: Count = 5
-    #: Seconds until one task is let through to try.
-    reset: Seconds = 60
-
-
 class CredentialsSource(PydanticBaseSettingsSource):
     """Reads secrets from the files that systemd hands over (LoadCredential=), named as the fields are."""
 
@@ -148,21 +137,17 @@ class Settings(BaseSettings):
     #: Messages an hour at most.
     alert_rate: Count = 30
 
-    # --- Resilience, by task name with globs; the first match wins ---
-    #: Tasks that are retried on connection errors.
-    retry_tasks: list[str] = []
-    retry_max: Count = 5
-    #: Seconds before the first retry, doubled for each next one up to the second number.
-    retry_backoff: Seconds = 1
-    retry_backoff_max: Seconds = 300
-    breakers: dict[str, Breaker] = {}
-    #: Most runs across all workers: "100/s", "100/m", "100/h".
-    rate_limits: dict[str, Annotated[str, Field(pattern=r"^[1-9][0-9]*/[smh]$")]] = {}
-
     @classmethod
-    def settings_customise_sources(cls, settings_cls: type[BaseSettings], **sources: Any) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read credentials before the environment."""
-        return sources["init_settings"], CredentialsSource(settings_cls), sources["env_settings"]
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read credentials before the environment, and no other files."""
+        return init_settings, CredentialsSource(settings_cls), env_settings
 
     @field_validator("queues", mode="before")
     @classmethod
