@@ -1,22 +1,116 @@
-"""What the tests of the runtime share."""
+"""Real servers and real workers for the tests."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+import redis
+from sites import Site, free_port, wait_for
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Start without what systemd or a shell may have set; return a function that sets variables of ours."""
-    for name in list(os.environ):
-        if name.startswith("CELERY_PLATFORM_") or name in {"CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "TZ"}:
-            monkeypatch.delenv(name)
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start Redis on the loopback address; return its address without a path: redis://127.0.0.1:port."""
+    folder, port = tmp_path_factory.mktemp("redis"), free_port()
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+    with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log) as server:
+        url = f"redis://127.0.0.1:{port}"
+        wait_for("Redis", lambda: _answers(url))
+        yield url
+        server.terminate()
 
-    def set_ours(**values: str) -> None:
-        for name, value in ({"application": "shop:app", "broker_url": "redis://orders@redis.example:6379/0"} | values).items():
+
+def _answers(url: str) -> bool:
+    try:
+        return bool(redis.Redis.from_url(url).ping())
+    except redis.exceptions.ConnectionError:
+        return False
+
+
+@pytest.fixture
+def redis_url(redis_server: str) -> str:
+    """Return the address of an empty Redis."""
+    redis.Redis.from_url(redis_server).flushall()
+    return redis_server
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Callable[..., str]]]:
+    """Start RabbitMQ on the loopback address; return its address, and a function that runs rabbitmqctl."""
+    # Erlang's sockets have a limit on the length of their paths, so not below pytest's folder.
+    folder, port, distribution = tmp_path_factory.mktemp("rabbitmq"), free_port(), free_port()
+    (folder / "rabbitmq.conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{port}\nloopback_users = none\nlog.console = true\n")
+    (folder / "enabled_plugins").write_text("[].\n")
+    environment = os.environ | {
+        "HOME": str(folder),
+        "RABBITMQ_NODENAME": f"test{port}@localhost",
+        "RABBITMQ_DIST_PORT": str(distribution),
+        "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
+        "RABBITMQ_MNESIA_BASE": str(folder / "mnesia"),
+        "RABBITMQ_LOG_BASE": str(folder / "log"),
+        "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
+        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none",
+    }
+
+    def control(*arguments: str) -> str:
+        command = ["/usr/lib/rabbitmq/bin/rabbitmqctl", "--quiet", *arguments]
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    with (folder / "out").open("wb") as out:
+        server = subprocess.Popen(
+            ["/usr/lib/rabbitmq/bin/rabbitmq-server"], env=environment, stdout=out, stderr=out, start_new_session=True
+        )
+        try:
+            wait_for("RabbitMQ", lambda: b"Server startup complete" in (folder / "out").read_bytes(), seconds=60)
+            yield f"amqp://guest@127.0.0.1:{port}", control
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(30)
+
+
+@pytest.fixture
+def rabbitmq(rabbitmq_node: tuple[str, Callable[..., str]]) -> Iterator[tuple[str, Callable[..., str]]]:
+    """Return the address of an empty vhost of its own (amqp://guest@host:port/name; password `guest`), and rabbitmqctl for it."""
+    url, control = rabbitmq_node
+    name = f"test{time.monotonic_ns()}"
+    control("add_vhost", name)
+    control("set_permissions", "--vhost", name, "guest", ".*", ".*", ".*")
+    yield f"{url}/{name}", lambda command, *arguments: control(command, "--vhost", name, *arguments)
+    control("delete_vhost", name)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    """Return an empty site; the caller writes its application and settings."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    yield Site(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Return a function that sets this process's settings: `environment(broker_url=…, secrets={"broker_password": …})`."""
+    for name in [name for name in os.environ if name.startswith("CELERY_PLATFORM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+
+    def set_all(*, secrets: dict[str, str] | None = None, **settings: str) -> None:
+        base = {"application": "shop:app", "broker_url": "redis://shop@redis.example:6379/0"}
+        for name, value in (base | settings).items():
             monkeypatch.setenv(f"CELERY_PLATFORM_{name.upper()}", value)
+        if secrets:
+            folder = tmp_path / "secrets"
+            folder.mkdir(exist_ok=True)
+            for name, value in secrets.items():
+                (folder / name).write_text(value)
+            monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(folder))
 
-    return set_ours
+    return set_all

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from celery import signals
+from sites import Site, free_port, wait_for
 
 from celery_platform import systemd
 
@@ -21,12 +28,6 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         listening.bind("\0" + address[1:] if address.startswith("@") else address)
         listening.settimeout(5)
         yield listening
-
-
-@pytest.fixture
-def nobody_connected(monkeypatch: pytest.MonkeyPatch) -> None:
-    for signal in (signals.worker_ready, signals.beat_init, signals.worker_shutting_down):
-        monkeypatch.setattr(signal, "receivers", [])
 
 
 def test_a_state_is_sent(manager: socket.socket) -> None:
@@ -43,18 +44,117 @@ def test_without_a_manager_nothing_happens(monkeypatch: pytest.MonkeyPatch, addr
     systemd.notify("READY=1")
 
 
-@pytest.mark.usefixtures("nobody_connected")
-@pytest.mark.parametrize(
-    ("signal", "state"),
-    [(signals.worker_ready, "READY=1"), (signals.beat_init, "READY=1"), (signals.worker_shutting_down, "STOPPING=1")],
-)
-def test_what_celery_says_is_passed_on_once(manager: socket.socket, signal: signals.Signal, state: str) -> None:
-    systemd.connect()
-    systemd.connect()
+SHOP = """
+import time
+from celery import Celery
+from celery.worker.control import control_command
 
-    signal.send(sender=None, sig="SIGTERM", how="Warm", exitcode=0)
+app = Celery("shop")
 
-    assert state in manager.recv(1000).decode().splitlines()
-    manager.settimeout(0.05)
-    with pytest.raises(TimeoutError):
-        manager.recv(1000)
+@app.task(name="work")
+def work(seconds):
+    time.sleep(seconds)
+
+@control_command()
+def stick(state, **_):
+    time.sleep(60)
+"""
+
+
+class Manager:
+    """What systemd would be: it hears what a service says, by a thread of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.heard: list[tuple[float, str]] = []
+        self.address = str(folder / "notify")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(self.address)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while True:
+            self.heard.append((time.monotonic(), self.socket.recv(1000).decode()))
+
+    def last(self, line: str) -> float:
+        """Return when a line that begins so was last heard; 0 if never."""
+        return max((when for when, message in self.heard if any(one.startswith(line) for one in message.splitlines())), default=0.0)
+
+    def silent(self) -> float:
+        """Return for how many seconds there has been no sign of life."""
+        return time.monotonic() - self.last("WATCHDOG=1")
+
+
+@pytest.fixture
+def systemd_site(site: Site, redis_url: str, tmp_path: Path) -> tuple[Site, Manager]:
+    """Return a site whose services report to a manager that expects a sign of life every 1.5 seconds."""
+    site.write(SHOP)
+    site.set(broker_url=f"{redis_url}/0", key_prefix="shop:")
+    manager = Manager(tmp_path)
+    site.environment |= {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "1500000"}
+    return site, manager
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_worker_is_alive_while_its_loop_turns_and_only_then(systemd_site: tuple[Site, Manager], pool: str) -> None:
+    site, manager = systemd_site
+    with site.worker(f"--pool={pool}", "--queues=default") as worker:
+        wait_for("READY", lambda: manager.last("READY=1"))
+        producer = site.producer()
+        producer.send_task("work", (3,))
+        wait_for("a running task", lambda: manager.last("STATUS=Consuming default; 1 tasks running") or pool == "solo")
+        end = time.monotonic() + 2.5
+        while time.monotonic() < end:
+            assert manager.silent() < 1.5
+            time.sleep(0.1)
+        wait_for("a task that is done", lambda: manager.last("STATUS=Consuming default; 0 tasks running, 1 done"))
+
+        producer.control.broadcast("stick")
+        wait_for("silence", lambda: manager.silent() > 2.5, seconds=10)
+        worker.send_signal(signal.SIGABRT)
+        assert worker.wait(5) == -signal.SIGABRT
+    assert re.search(r"shop.py.* in stick", site.log()), "where it was stuck"
+
+
+def test_a_worker_without_broker_is_alive(site: Site, tmp_path: Path) -> None:
+    site.write(SHOP)
+    port = free_port()
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    site.set(broker_url=f"redis://127.0.0.1:{port}/0")
+    manager = Manager(tmp_path)
+    site.environment |= {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "1500000"}
+
+    def serve() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path)
+
+    server = serve()
+    try:
+        with site.worker("--queues=default"):
+            server.kill()
+            server.wait()
+            wait_for("a lost broker", lambda: manager.last("STATUS=Looking for the broker"))
+            end = time.monotonic() + 5
+            while time.monotonic() < end:
+                assert manager.silent() < 1.5
+                time.sleep(0.1)
+            back = time.monotonic()
+            server = serve()
+            wait_for("a consumer", lambda: manager.last("STATUS=Consuming") > back)
+            site.producer().send_task("work", (0,))
+            wait_for("a task that is done", lambda: manager.last("STATUS=Consuming default; 0 tasks running, 1 done"))
+        assert manager.last("STOPPING=1")
+        assert manager.last("STOPPING=1") > manager.last("STATUS=Looking")
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_beat_is_alive_while_its_scheduler_ticks(systemd_site: tuple[Site, Manager], tmp_path: Path) -> None:
+    site, manager = systemd_site
+    beat = [Path(sys.executable).with_name("celery"), "-A", "celery_platform.worker:app", "beat", "--max-interval=1", "--pidfile="]
+    with subprocess.Popen([*beat, f"--schedule={tmp_path}/schedule"], env=os.environ | site.environment, cwd=site.folder) as process:
+        wait_for("READY", lambda: manager.last("READY=1"))
+        wait_for("several signs of life", lambda: sum("WATCHDOG=1" in message for _, message in manager.heard) > 3)
+        process.send_signal(signal.SIGSTOP)
+        wait_for("silence", lambda: manager.silent() > 2)
+        process.send_signal(signal.SIGCONT)
+        process.terminate()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from celery import Celery
-from nodes import REPOSITORY, Node
+from nodes import REPOSITORY, Node, wait_for
 
 testinfra_hosts = ["ansible://celery_worker"]
 
@@ -26,6 +26,33 @@ def test_a_check_of_a_new_worker_tells_what_would_change(node: Node) -> None:
     assert "celery_worker : Write the workers' units" in changed
     assert "celery_worker : Stop workers that are no longer wanted, letting them finish their tasks" in changed
     assert node.host.check_output("systemctl list-units 'celery-*' --plain --no-legend") == before
+
+
+def test_a_django_project_that_nobody_adapted_is_deployed_by_inventory_alone(node: Node) -> None:
+    password = node.secrets["vault_celery_redis_password"]
+    library = Path(__file__).with_name("library.yml")
+    node.converge("-e", f"@{library}")
+    try:
+        address = f"redis://library:{password}@{node.address}:6379"
+        web = Celery("web", broker=f"{address}/0", backend=f"{address}/1", set_as_current=False)
+        options = {"global_keyprefix": "library:"}
+        web.conf.update(broker_transport_options=options, result_backend_transport_options=options, task_default_queue="default")
+        assert [web.send_task("books.tasks.lend", ("Emma",)).get(timeout=20) for _ in range(2)] == [1, 2]
+        overruled = node.host.check_output("journalctl --unit=celery-worker@default --output=cat --since=-5min")
+        assert "accept_content of the application is overruled" in overruled
+
+        schedule = """
+from django_celery_beat.models import IntervalSchedule, PeriodicTask
+every, _ = IntervalSchedule.objects.get_or_create(every=1, period="seconds")
+PeriodicTask.objects.get_or_create(name="lend", defaults={"task": "books.tasks.lend", "args": '["Ulysses"]', "interval": every})
+"""
+        node.host.check_output("celery-exec python manage.py shell -c %s", schedule)
+        log = node.host.file("/var/log/celery/beat.log")
+        wait_for("a periodic task from the database", lambda: "Sending due task lend" in log.content_string, seconds=30)
+        assert web.send_task("books.tasks.lend", ("Ulysses",)).get(timeout=20) > 1
+        web.close()
+    finally:
+        node.converge()
 
 
 def test_another_distribution_stops_the_run(node: Node) -> None:

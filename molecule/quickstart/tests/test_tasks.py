@@ -46,7 +46,7 @@ def test_a_task_is_run_again_when_its_worker_is_killed(node: Node, orders: Celer
     log = node.host.file("/var/log/celery/batch.log")
     before = node.show(unit, "MainPID", "NRestarts")
     result = orders.send_task("orders.tasks.batch_import", (3,))
-    runs = re.compile(rf"{result.id}\]: import started")
+    runs = re.compile(rf"{result.id} #\d[^\]]*\] import started")
     wait_for("the first run", lambda: runs.search(log.content_string))
     node.host.check_output("kill -KILL %s", before["MainPID"])
 
@@ -61,15 +61,15 @@ def test_a_task_is_run_again_when_its_worker_is_killed(node: Node, orders: Celer
 def test_a_stopping_worker_finishes_its_task(node: Node, orders: Celery) -> None:
     log = node.host.file("/var/log/celery/batch.log")
     result = orders.send_task("orders.tasks.batch_import", (4,))
-    wait_for("the task's start", lambda: f"{result.id}]: import started" in log.content_string)
+    wait_for("the task's start", lambda: f"{result.id} #1] import started" in log.content_string)
     node.host.check_output("systemctl stop celery-worker@batch")
     try:
         assert node.show("celery-worker@batch", "Result")["Result"] == "success"
-        assert f"{result.id}]: import finished" in log.content_string
+        assert f"{result.id} #1] import finished" in log.content_string
         assert result.get(timeout=5) == "finished"
     finally:
         node.host.check_output("systemctl start celery-worker@batch")
-    assert log.content_string.count(f"{result.id}]: import started") == 1
+    assert log.content_string.count(f"{result.id} #1] import started") == 1
 
 
 def test_beat_stops_and_starts_without_touching_a_worker_and_keeps_its_schedule(node: Node) -> None:
@@ -127,8 +127,8 @@ def test_logs_rotated_under_a_stream_of_tasks_lose_no_line(node: Node, orders: C
     time.sleep(0.5)
     newest = "\n".join(node.host.file(f"/var/log/celery/critical.log{suffix}").content_string for suffix in ("", ".1"))
     older = node.host.check_output("zcat /var/log/celery/critical.log.2.gz /var/log/celery/critical.log.3.gz")
-    for line in ("received", r"email for order", r"succeeded"):
-        logged = set(re.findall(rf"\[([0-9a-f-]{{36}})\]:? {line}", newest + older))
+    for line in (r"\] received", r" #1\] email for order", r"\] succeeded"):
+        logged = set(re.findall(rf"([0-9a-f-]{{36}}){line}", newest + older))
         assert set(sent) - logged == set(), f"lost lines: {line}"
     assert node.host.file("/var/log/celery/critical.log.2.gz").content[:2] == gzip.compress(b"")[:2]
     assert [node.show(unit, "MainPID", "NRestarts") for unit in units] == before

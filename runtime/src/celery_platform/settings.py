@@ -1,115 +1,253 @@
-"""The settings of a service: from the environment (`CELERY_PLATFORM_*`), secrets from systemd credentials."""
+"""The settings of a service: `CELERY_PLATFORM_*` from the environment, secrets from systemd credentials."""
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
-from urllib.parse import quote, urlsplit, urlunsplit
+from typing import Annotated, Any, Literal, Self
 
-from kombu.entity import Exchange, Queue
-from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+
+PREFIX = "CELERY_PLATFORM_"
+MASK = "********"
+
+
+class BadSettings(Exception):
+    """Settings that cannot be worked with. Its text names each variable, its value and what is allowed."""
+
+
+def _readable(path: Path) -> Path:
+    if not os.access(path, os.R_OK):
+        raise ValueError("must be a file that this service can read")
+    return path
+
 
 Seconds = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+ReadableFile = Annotated[Path, AfterValidator(_readable)]
 
 
-def read_credential(name: str) -> str | None:
-    """Return a credential that systemd handed to this service (LoadCredential=), or None if it did not."""
-    folder = os.environ.get("CREDENTIALS_DIRECTORY")
-    path = Path(folder, name) if folder else None
-    return path.read_text().rstrip("\n") if path and path.exists() else None
+class QueueSetting(BaseModel):
+    """A queue: its name, and the priority of messages that are sent to it without one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    priority: Annotated[int, Field(ge=0, le=9)] | None = None
 
 
-def with_password(url: str, password: str | None) -> str:
-    """Return the URL with this password for its user; unchanged if there is none, or no host to log in to."""
-    parts = urlsplit(url)
-    if not password or not parts.netloc:
-        return url
-    login, _, host = parts.netloc.rpartition("@")
-    user = login.partition(":")[0]
-    return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}"))
+class Route(BaseModel):
+    """Where a task goes: a queue, a priority, or both."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    queue: str | None = None
+    priority: Annotated[int, Field(ge=0, le=9)] | None = None
+
+
+class CredentialsSource(PydanticBaseSettingsSource):
+    """Reads secrets from the files that systemd hands over (LoadCredential=), named as the fields are."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        """Return the content of the field's file."""
+        folder = os.environ.get("CREDENTIALS_DIRECTORY")
+        path = Path(folder, field_name) if folder else None
+        return (path.read_text().rstrip("\n") if path and path.exists() else None), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """Return all secrets that are there."""
+        secrets = {name: self.get_field_value(field, name)[0] for name, field in self.settings_cls.model_fields.items() if is_secret(name)}
+        return {name: value for name, value in secrets.items() if value is not None}
 
 
 class Settings(BaseSettings):
-    """What a service is told. Raises `pydantic.ValidationError`, naming the variable, if a value does not fit."""
+    """What a service is told."""
 
-    model_config = SettingsConfigDict(env_prefix="CELERY_PLATFORM_")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
 
     #: The user's application, as `celery -A` takes it.
     application: str
-    #: Without passwords: these are the credentials `broker_password` and `result_backend_password`.
+
+    # --- Broker and result backend. Secrets are credentials of the same names, never environment variables. ---
+    #: One URL, or several with `;` between them: redis, rediss, sentinel, amqp, amqps. Without password.
     broker_url: str
+    broker_password: SecretStr | None = None
+    #: None: results are not kept.
     result_backend: str | None = None
+    result_backend_password: SecretStr | None = None
+    #: Name that Sentinel gives the master, and the password of Sentinel itself.
+    sentinel_master: str = "mymaster"
+    sentinel_password: SecretStr | None = None
+    tls_ca_file: ReadableFile | None = None
+    tls_cert_file: ReadableFile | None = None
+    tls_key_file: ReadableFile | None = None
+    #: Name that the certificates of all RabbitMQ nodes share.
+    tls_server_name: str | None = None
     #: What all keys and channels in Redis begin with.
     key_prefix: str = ""
+    pool_limit: Count = 10
+    #: Tries to publish a task, with up to a second between them; must outlast a failover of the broker.
+    publish_max_retries: Annotated[int, Field(ge=0)] = 60
+
+    # --- Queues ---
     default_queue: str = "default"
-    queues: list[str] = ["default"]
-    #: Queue and priority by task name; globs allowed, first match wins.
-    routes: dict[str, dict[str, Any]] = {}
-    #: A task is told to stop after the soft limit, its process is killed after the hard one.
+    queues: list[QueueSetting] = [QueueSetting(name="default"), QueueSetting(name="critical"), QueueSetting(name="batch")]
+    #: By task name; globs allowed, the first match wins.
+    routes: dict[str, Route] = {}
+
+    # --- Tasks ---
+    #: Seconds until a task is told to stop, and until its process is killed.
     soft_time_limit: Seconds = 600
     time_limit: Seconds = 900
-    #: Redis hands a task out again if it was not acknowledged for so long.
+    #: Redis hands a task out again if it was not acknowledged for so many seconds.
     visibility_timeout: Seconds = 3600
+    #: How often a task is run at most if it takes its worker process down each time.
+    max_runs: Count = 3
+    prefetch_multiplier: Count = 1
+    max_tasks_per_child: Count = 1000
+    #: Mebibytes after which a worker process is replaced once its task is done.
+    max_memory_per_child: Count | None = None
+
+    # --- Results ---
     result_expires: Seconds = 3600
-    max_tasks_per_child: Annotated[int, Field(ge=1)] = 1000
-    prefetch_multiplier: Annotated[int, Field(ge=1)] = 1
+    result_compression: Literal["none", "gzip", "bzip2"] = "none"
+
+    # --- Encryption of bodies and results: `migrate` writes encrypted and still reads plain text. ---
+    encryption: Literal["off", "migrate", "on"] = "off"
+    #: One key a line, as `celery-platform generate-key` prints them. The first one writes, all read.
+    encryption_keys: SecretStr | None = None
+
+    # --- Logs ---
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+    log_format: Literal["text", "json"] = "text"
+    #: Show the arguments and results of tasks in logs and events.
+    log_arguments: bool = False
+
+    # --- Dead letters ---
+    dead_letters: bool = True
+
+    # --- Alerts: posted to the URL in the credential `alert_webhook`; none if there is none. ---
+    alert_webhook: SecretStr | None = None
+    #: Seconds that alerts are gathered before one message tells them all, and that a post may take.
+    alert_interval: Seconds = 30
+    alert_timeout: Seconds = 5
+    #: Messages an hour at most.
+    alert_rate: Count = 30
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read credentials before the environment, and no other files."""
+        return init_settings, CredentialsSource(settings_cls), env_settings
+
+    @field_validator("queues", mode="before")
+    @classmethod
+    def _names_are_queues(cls, value: Any) -> Any:
+        return [{"name": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+
+    @field_validator("broker_url", "result_backend")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        for url in (value or "").split(";"):
+            login, at, _ = url.partition("://")[2].partition("@")
+            if at and ":" in login:
+                raise ValueError("must hold no password; that is a credential")
+        return value
+
+    @field_validator("broker_url")
+    @classmethod
+    def _known_broker(cls, value: str) -> str:
+        schemes = {url.partition("://")[0] for url in value.split(";")}
+        if len(schemes) != 1 or not schemes <= {"redis", "rediss", "sentinel", "amqp", "amqps", "memory"}:
+            raise ValueError("must begin with redis://, rediss://, sentinel://, amqp:// or amqps://, the same for all hosts")
+        return value
 
     @model_validator(mode="after")
     def _values_fit_together(self) -> Self:
-        if not self.soft_time_limit < self.time_limit < self.visibility_timeout:
-            raise ValueError(
-                "CELERY_PLATFORM_SOFT_TIME_LIMIT < CELERY_PLATFORM_TIME_LIMIT < CELERY_PLATFORM_VISIBILITY_TIMEOUT must hold, "
-                f"but they are {self.soft_time_limit}, {self.time_limit} and {self.visibility_timeout} seconds"
-            )
-        if self.default_queue not in self.queues:
-            raise ValueError(f"CELERY_PLATFORM_DEFAULT_QUEUE must be one of CELERY_PLATFORM_QUEUES, {self.queues}")
+        names = [queue.name for queue in self.queues]
+        limits = {name: getattr(self, name) for name in ("soft_time_limit", "time_limit", "visibility_timeout")}
+        wrong = []
+        if not limits["soft_time_limit"] < limits["time_limit"]:
+            wrong.append(f"{PREFIX}SOFT_TIME_LIMIT is {self.soft_time_limit}; allowed: less than {PREFIX}TIME_LIMIT, {self.time_limit}")
+        if self.uses_redis_broker and not limits["time_limit"] < limits["visibility_timeout"]:
+            allowed = f"more than {PREFIX}TIME_LIMIT, {self.time_limit}, or Redis hands out tasks that still run"
+            wrong.append(f"{PREFIX}VISIBILITY_TIMEOUT is {self.visibility_timeout}; allowed: {allowed}")
+        if len(set(names)) != len(names):
+            wrong.append(f"{PREFIX}QUEUES is {names}; allowed: each name once")
+        if self.default_queue not in names:
+            wrong.append(f"{PREFIX}DEFAULT_QUEUE is {self.default_queue}; allowed: one of {PREFIX}QUEUES, {', '.join(names)}")
+        for pattern, route in self.routes.items():
+            if route.queue is not None and route.queue not in names:
+                wrong.append(f"{PREFIX}ROUTES sends {pattern} to {route.queue}; allowed: one of {PREFIX}QUEUES, {', '.join(names)}")
+        if self.encryption != "off" and self.encryption_keys is None:
+            wrong.append(f"{PREFIX}ENCRYPTION is {self.encryption}; allowed: off, unless there is a credential encryption_keys")
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            wrong.append(f"{PREFIX}TLS_CERT_FILE and {PREFIX}TLS_KEY_FILE; allowed: both or neither")
+        if wrong:
+            raise ValueError("\n".join(wrong))
         return self
 
-    def celery_config(self) -> dict[str, Any]:
-        """Return these settings, and what a production service needs besides, as Celery's own."""
-        redis_options = {
-            "global_keyprefix": self.key_prefix,
-            "visibility_timeout": self.visibility_timeout,
-            # A half-open connection must be noticed: kombu's default is to wait for ever.
-            "socket_timeout": 30,
-            "socket_connect_timeout": 5,
-            "socket_keepalive": True,
-            "health_check_interval": 10,
-        }
-        return {
-            "broker_url": with_password(self.broker_url, read_credential("broker_password")),
-            "result_backend": self.result_backend and with_password(self.result_backend, read_credential("result_backend_password")),
-            # kombu looks for unacknowledged messages every 100 s, and a killed worker's lock holds it off for
-            # 300 s: a lost worker's tasks would wait that long beyond the visibility timeout.
-            "broker_transport_options": redis_options
-            | {"unacked_restore_interval": 2, "unacked_restore_throttle": 1, "unacked_mutex_expire": 15},
-            "result_backend_transport_options": redis_options,
-            "broker_connection_retry_on_startup": True,
-            # None is "for ever": a worker waits for its broker, it does not give up after 100 tries.
-            "broker_connection_max_retries": None,
-            "broker_pool_limit": 10,
-            "task_publish_retry_policy": {"max_retries": 60, "interval_start": 0.1, "interval_step": 0.2, "interval_max": 1.0},
-            "accept_content": ["json"],
-            "task_serializer": "json",
-            "result_serializer": "json",
-            "event_serializer": "json",
-            # A misspelt queue is an error for the sender, not a queue that nobody consumes.
-            "task_queues": [Queue(name, Exchange(name), routing_key=name) for name in self.queues],
-            "task_create_missing_queues": False,
-            "task_default_queue": self.default_queue,
-            "task_routes": self.routes,
-            "task_acks_late": True,
-            "task_reject_on_worker_lost": True,
-            "task_track_started": True,
-            "worker_prefetch_multiplier": self.prefetch_multiplier,
-            "worker_max_tasks_per_child": self.max_tasks_per_child,
-            "worker_send_task_events": True,
-            "task_send_sent_event": True,
-            "result_expires": self.result_expires,
-            # A killed beat must not send again what it has sent: by default it notes that every three minutes.
-            "beat_sync_every": 1,
-            "timezone": os.environ.get("TZ", "UTC"),
-            "enable_utc": True,
-        }
+    @property
+    def uses_redis_broker(self) -> bool:
+        """Whether the broker is Redis, with Sentinel or without."""
+        return self.broker_url.startswith(("redis", "sentinel"))
+
+    @property
+    def uses_rabbitmq(self) -> bool:
+        """Whether the broker is RabbitMQ."""
+        return self.broker_url.startswith("amqp")
+
+
+def is_secret(field: str) -> bool:
+    """Tell whether a setting is a secret, which comes as a credential and is never shown."""
+    return "SecretStr" in str(Settings.model_fields[field].annotation)
+
+
+def load_settings() -> Settings:
+    """Return the settings of this process.
+
+    Raises:
+        BadSettings: if a variable is unknown, does not fit, or is missing; all of them are named at once.
+    """
+    wrong = list(_unknown_variables(os.environ))
+    try:
+        settings = Settings()
+    except SettingsError as error:
+        wrong.append(f"{error} (lists and mappings are written as JSON)")
+    except ValidationError as error:
+        wrong.extend(_told(problem) for problem in error.errors())
+    if wrong:
+        raise BadSettings("\n".join(wrong))
+    return settings
+
+
+def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    wrong = []
+    for name in sorted(environment):
+        if name.startswith(PREFIX) and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            wrong.append(f"{name} is no setting" + (f"; allowed: {close[0]}, perhaps" if close else ""))
+        elif name in known and is_secret(name.removeprefix(PREFIX).lower()):
+            wrong.append(f"{name} is a secret; allowed: the credential {name.removeprefix(PREFIX).lower()}, not the environment")
+    return wrong
+
+
+def _told(problem: Any) -> str:
+    if not problem["loc"]:
+        return str(problem["msg"]).removeprefix("Value error, ")
+    field, *rest = problem["loc"]
+    variable = PREFIX + str(field).upper() + "".join(f"[{part}]" for part in rest)
+    if problem["type"] == "missing":
+        return f"{variable} is not set"
+    shown = MASK if is_secret(str(field)) else repr(problem["input"])
+    return f"{variable} is {shown}; allowed: {str(problem['msg']).removeprefix('Value error, ')}"

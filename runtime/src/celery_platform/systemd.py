@@ -1,33 +1,112 @@
-"""Tells systemd when a service serves and when it stops (sd_notify(3))."""
+"""Tells systemd when a service serves, what it does, that it is alive, and when it stops (sd_notify(3)).
+
+A worker is alive while the loop of its consumer turns, or while it looks for its broker. With the solo pool, tasks run
+in that loop: there it is alive while a task runs, too. Beat is alive while its scheduler ticks.
+"""
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
+import threading
+from typing import Any
 
-from celery import signals
+from celery import Celery, bootsteps, signals
+from celery.worker import state
+
+from celery_platform.settings import Settings
+
+#: Signs of life in each period of the watchdog, so that one late one does not count (sd_watchdog_enabled(3) advises 2).
+SIGNS_PER_PERIOD = 3
 
 
-def notify(state: str) -> None:
-    """Send a state ("READY=1") to systemd; does nothing where no service manager listens."""
+def notify(message: str) -> None:
+    """Send a message ("READY=1") to systemd; does nothing where no service manager listens."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     # A leading @ is systemd's way to write a socket in the abstract namespace.
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        channel.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
+        channel.sendto(message.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
 
 
-def _ready(**_: object) -> None:
-    notify("READY=1\nSTATUS=Ready")
+def watchdog_interval() -> float | None:
+    """Return the seconds between two signs of life, or None if systemd expects none of this process."""
+    period = int(os.environ.get("WATCHDOG_USEC", 0))
+    if not period or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    return period / 1_000_000 / SIGNS_PER_PERIOD
 
 
-def _stopping(**_: object) -> None:
+class SignsOfLife(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Part of a worker's consumer: started when it has a broker, stopped when it loses it."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, consumer: Any, **_: Any) -> None:
+        """Begin as a worker that looks for its broker."""
+        super().__init__(consumer)
+        self.queues = ", ".join(sorted(consumer.app.amqp.queues.consume_from))
+        self.solo = consumer.pool is not None and "solo" in type(consumer.pool).__module__
+        self.consuming = False
+        self.timer: Any = None
+        self.interval = watchdog_interval()
+        if self.interval:
+            # What a stuck worker was doing when systemd ends it (SIGABRT) then stands in the journal.
+            faulthandler.enable()
+            threading.Thread(target=self._stand_in_for_the_loop, args=(self.interval,), daemon=True, name="signs-of-life").start()
+
+    def start(self, consumer: Any) -> None:
+        """Give a sign of life from the consumer's loop, again and again."""
+        self.consuming = True
+        self.timer = consumer.timer.call_repeatedly(self.interval or 10.0, self._sign)
+        self._sign()
+
+    def stop(self, consumer: Any) -> None:
+        """Note that the broker is gone."""
+        self.consuming = False
+        if self.timer:
+            self.timer.cancel()
+        # None, or the exit code that a shutdown was asked for with.
+        if state.should_stop is None and state.should_terminate is None:
+            notify("STATUS=Looking for the broker")
+
+    def _sign(self) -> None:
+        done = sum(state.total_count.values()) - len(state.active_requests)
+        notify(f"WATCHDOG=1\nSTATUS=Consuming {self.queues}; {len(state.active_requests)} tasks running, {done} done")
+
+    def _stand_in_for_the_loop(self, interval: float) -> None:
+        pause = threading.Event()
+        while not pause.wait(interval):
+            if not self.consuming or (self.solo and state.active_requests):
+                notify("WATCHDOG=1")
+
+
+def _ready(**_: Any) -> None:
+    notify("READY=1")
+
+
+def _stopping(**_: Any) -> None:
     notify("STOPPING=1\nSTATUS=Finishing the running tasks")
 
 
-def connect() -> None:
-    """Report a worker's consumer, or beat's first tick, as ready, and a shutdown as stopping."""
+def _watch_beat(sender: Any, **_: Any) -> None:
+    """Let each tick of beat's scheduler be a sign of life."""
+    tick = sender.scheduler.tick
+
+    def tick_and_sign(*args: Any, **kwargs: Any) -> Any:
+        pause = tick(*args, **kwargs)
+        notify(f"WATCHDOG=1\nSTATUS=Next task in {pause:.0f} s at the latest")
+        return pause
+
+    sender.scheduler.tick = tick_and_sign
+    notify("READY=1")
+
+
+def install(app: Celery, settings: Settings) -> None:
+    """Report the services of an application to systemd."""
+    app.steps["consumer"].add(SignsOfLife)
     signals.worker_ready.connect(_ready, weak=False)
-    signals.beat_init.connect(_ready, weak=False)
     signals.worker_shutting_down.connect(_stopping, weak=False)
+    signals.beat_init.connect(_watch_beat, weak=False)

@@ -1,26 +1,38 @@
 """The application that the services run: `celery -A celery_platform.worker:app …`.
 
-It is the user's own application, named by CELERY_PLATFORM_APPLICATION, with this package's settings applied.
+It is the user's own application, named by CELERY_PLATFORM_APPLICATION, with this package's behaviour added.
 """
 
 from __future__ import annotations
 
+import sys
+
 from celery import Celery
 from celery.app.utils import find_app
 
-from celery_platform import limits, logs, systemd
-from celery_platform.settings import Settings
+from celery_platform import alerts, configuration, dead_letters, limits, logs, serialization, systemd
+from celery_platform.settings import BadSettings, load_settings
+
+#: EX_CONFIG of sysexits.h: the units do not restart a service that ends with it.
+EXIT_BAD_SETTINGS = 78
 
 
 def load() -> Celery:
-    """Load the user's application and give it what production needs."""
-    settings = Settings()
+    """Load the user's application and give it what production needs.
+
+    Raises:
+        BadSettings: if the settings cannot be worked with.
+    """
+    settings = load_settings()
     app: Celery = find_app(settings.application)
-    app.conf.update(settings.celery_config())
-    limits.install(app, settings)
-    logs.connect()
-    systemd.connect()
+    configuration.apply(app, settings)
+    for part in (limits, serialization, logs, systemd, dead_letters, alerts):
+        part.install(app, settings)
     return app
 
 
-app = load()
+try:
+    app = load()
+except BadSettings as error:
+    print(error, file=sys.stderr)
+    sys.exit(EXIT_BAD_SETTINGS)

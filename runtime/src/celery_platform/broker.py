@@ -1,0 +1,122 @@
+"""How Celery reaches its broker and its result backend: URLs with their passwords, TLS, Sentinel, timeouts."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from pydantic import SecretStr
+
+from celery_platform.settings import Settings
+
+#: Seconds. kombu's defaults wait for ever on a half-open connection (research: celery.md, 2.1 and 3.1).
+SOCKET_TIMEOUT = 30
+CONNECT_TIMEOUT = 5
+HEALTH_CHECK_INTERVAL = 10
+
+
+def with_password(url: str, password: SecretStr | None) -> str:
+    """Return the URL, or each of several with `;` between them, with this password for its user."""
+    if password is None:
+        return url
+    return ";".join(_with_password(one, password.get_secret_value()) for one in url.split(";"))
+
+
+def _with_password(url: str, password: str) -> str:
+    parts = urlsplit(url)
+    if not parts.netloc:
+        return url
+    login, _, host = parts.netloc.rpartition("@")
+    user = login.partition(":")[0]
+    return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}"))
+
+
+def celery_config(settings: Settings) -> dict[str, Any]:
+    """Return Celery's own settings for the broker and the result backend."""
+    config: dict[str, Any] = {
+        "broker_url": with_password(settings.broker_url, settings.broker_password),
+        "broker_pool_limit": settings.pool_limit,
+        "broker_connection_retry_on_startup": True,
+        # None is "for ever": a worker waits for its broker, it does not give up after 100 tries.
+        "broker_connection_max_retries": None,
+        "task_publish_retry_policy": {
+            "max_retries": settings.publish_max_retries,
+            "interval_start": 0.1,
+            "interval_step": 0.2,
+            "interval_max": 1.0,
+        },
+    }
+    if settings.uses_redis_broker:
+        # kombu looks for unacknowledged messages every 100 s, and a killed worker's lock holds it off for
+        # 300 s: a lost worker's tasks would wait that long beyond the visibility timeout.
+        sweep = {"unacked_restore_interval": 2, "unacked_restore_throttle": 1, "unacked_mutex_expire": 15}
+        config["broker_transport_options"] = _redis_options(settings, settings.broker_url) | sweep
+        if settings.broker_url.startswith(("rediss", "sentinel")) and settings.tls_ca_file:
+            config["broker_use_ssl"] = _redis_tls(settings)
+    if settings.uses_rabbitmq:
+        config["broker_heartbeat"] = 20
+        config["broker_transport_options"] = {"confirm_publish": True, "read_timeout": 30, "write_timeout": 30}
+        if settings.broker_url.startswith("amqps"):
+            config["broker_use_ssl"] = _rabbitmq_tls(settings)
+    config |= _result_config(settings)
+    return config
+
+
+def _result_config(settings: Settings) -> dict[str, Any]:
+    url = settings.result_backend
+    if url is None:
+        return {"result_backend": None, "task_ignore_result": True}
+    config: dict[str, Any] = {"result_backend": with_password(url, settings.result_backend_password)}
+    if url.startswith(("redis", "sentinel")):
+        config["result_backend_transport_options"] = _redis_options(settings, url) | {"retry_policy": {"timeout": 5.0}}
+        config["redis_socket_timeout"] = SOCKET_TIMEOUT
+        config["redis_socket_connect_timeout"] = CONNECT_TIMEOUT
+        config["redis_socket_keepalive"] = True
+        config["redis_backend_health_check_interval"] = HEALTH_CHECK_INTERVAL
+        if url.startswith(("rediss", "sentinel")) and settings.tls_ca_file:
+            config["redis_backend_use_ssl"] = _redis_tls(settings)
+    return config
+
+
+def _redis_options(settings: Settings, url: str) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "global_keyprefix": settings.key_prefix,
+        "visibility_timeout": settings.visibility_timeout,
+        "socket_timeout": SOCKET_TIMEOUT,
+        "socket_connect_timeout": CONNECT_TIMEOUT,
+        "socket_keepalive": True,
+        "health_check_interval": HEALTH_CHECK_INTERVAL,
+    }
+    if url.startswith("sentinel"):
+        # With options of its own, redis-py derives no timeout for the connections to Sentinel.
+        sentinel: dict[str, Any] = {"socket_timeout": CONNECT_TIMEOUT, "socket_connect_timeout": CONNECT_TIMEOUT}
+        if settings.sentinel_password:
+            sentinel["password"] = settings.sentinel_password.get_secret_value()
+        if settings.tls_ca_file:
+            sentinel |= {"ssl": True} | _redis_tls(settings)
+        options |= {"master_name": settings.sentinel_master, "sentinel_kwargs": sentinel}
+    return options
+
+
+def _redis_tls(settings: Settings) -> dict[str, Any]:
+    return {
+        "ssl_cert_reqs": ssl.CERT_REQUIRED,
+        "ssl_check_hostname": True,
+        "ssl_ca_certs": str(settings.tls_ca_file) if settings.tls_ca_file else None,
+        "ssl_certfile": str(settings.tls_cert_file) if settings.tls_cert_file else None,
+        "ssl_keyfile": str(settings.tls_key_file) if settings.tls_key_file else None,
+    }
+
+
+def _rabbitmq_tls(settings: Settings) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "cert_reqs": ssl.CERT_REQUIRED,
+        "ca_certs": str(settings.tls_ca_file) if settings.tls_ca_file else None,
+        "certfile": str(settings.tls_cert_file) if settings.tls_cert_file else None,
+        "keyfile": str(settings.tls_key_file) if settings.tls_key_file else None,
+    }
+    # py-amqp checks the name only if it is given one, and kombu keeps the first host's for all others.
+    if settings.tls_server_name:
+        options["server_hostname"] = settings.tls_server_name
+    return options

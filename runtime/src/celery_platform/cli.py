@@ -1,0 +1,310 @@
+"""The command `celery-platform`: what is configured, and what has failed for good.
+
+It ends with 0 if all is done, 1 if something is not, 2 if it is called wrongly, and 78 (EX_CONFIG) on bad settings.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import quote
+
+import click
+from celery import Celery
+from celery.app.utils import find_app
+from kombu import serialization
+from kombu.exceptions import KombuError
+from pydantic import SecretStr
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from celery_platform import configuration
+from celery_platform.dead_letters import REASONS, DeadLetter, Letters, Store, StoreError, store_of
+from celery_platform.settings import MASK, PREFIX, BadSettings, Settings, is_secret, load_settings
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+#: Columns of a table that goes to no terminal: enough that nothing is cut off.
+WIDTH = 240
+
+
+@click.group()
+def main() -> None:
+    """Look after a site's Celery services."""
+
+
+# --- config ---
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def config(as_json: bool) -> None:
+    """Print the effective configuration, without secrets, and where each value comes from."""
+    settings = _settings()
+    choices = configuration.apply(find_app(settings.application), settings)
+    hide = hider(settings)
+    ours = [(PREFIX + name.upper(), hide(_own(settings, name)), _source(name)) for name in Settings.model_fields]
+    theirs = [(choice.name, hide(choice.value), choice.source) for choice in choices]
+    rows = [{"name": name, "value": value, "source": source} for name, value, source in ours + theirs]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        _print_table(("Name", "Value", "From"), [(row["name"], _shown(row["value"]), row["source"]) for row in rows])
+
+
+def _own(settings: Settings, name: str) -> Any:
+    value = getattr(settings, name)
+    if is_secret(name):
+        return value and MASK
+    return settings.model_dump(mode="json", include={name})[name]
+
+
+def _source(name: str) -> str:
+    if is_secret(name):
+        folder = os.environ.get("CREDENTIALS_DIRECTORY")
+        return "credential" if folder and os.path.exists(os.path.join(folder, name)) else "default"
+    return "environment" if PREFIX + name.upper() in os.environ else "default"
+
+
+def hider(settings: Settings) -> Callable[[Any], Any]:
+    """Return a function that makes any value one of JSON, without secrets.
+
+    Hidden are what belongs to a key `password`, passwords in URLs, and every text that holds a secret of the settings.
+    """
+    values = [getattr(settings, name) for name in Settings.model_fields]
+    secrets = [line for value in values if isinstance(value, SecretStr) for line in value.get_secret_value().splitlines() if line]
+    written = sorted({form for secret in secrets for form in (secret, quote(secret, safe=""))}, key=len, reverse=True)
+
+    def hide(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): MASK if "password" in str(key) and item else hide(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple, set)):
+            return [hide(item) for item in value]
+        if value is None or isinstance(value, (bool, int, float)):
+            return value
+        text = re.sub(r"(://[^/@\s:]*):[^/@\s]*@", rf"\1:{MASK}@", str(value))
+        if callable(value):
+            text = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+        for secret in written:
+            text = text.replace(secret, MASK)
+        return text
+
+    return hide
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@main.command("generate-key")
+def generate_key() -> None:
+    """Print a new key for the credential `encryption_keys`."""
+    from celery_platform import serialization as ours
+
+    click.echo(ours.generate_key())
+
+
+# --- dead letters ---
+
+
+@main.group("dead-letters")
+def dead_letters() -> None:
+    """Tasks that failed for good."""
+
+
+def _since(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+    if value is None:
+        return None
+    found = re.fullmatch(r"([0-9]+)([smhd])", value)
+    if not found:
+        raise click.BadParameter("allowed: a number with s, m, h or d, as in 2h")
+    return time.time() - int(found[1]) * UNITS[found[2]]
+
+
+def _filters(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--queue", help="Only those of this queue."),
+        click.option("--task", help="Only those of this task; * and ? are allowed."),
+        click.option("--since", callback=_since, help="Only those that failed in this time: 30m, 2h, 7d."),
+        click.option("--reason", type=click.Choice(REASONS), help="Only those that failed for this reason."),
+    ):
+        command = option(command)
+    return command
+
+
+def _chosen(letters: Letters, queue: str | None, task: str | None, since: float | None, reason: str | None) -> Letters:
+    return [
+        letter
+        for letter in letters
+        if queue in (None, letter.original.queue)
+        and (task is None or fnmatch.fnmatchcase(letter.task, task))
+        and (since is None or letter.failed >= since)
+        and reason in (None, letter.reason)
+    ]
+
+
+@dead_letters.command("list")
+@_filters
+@click.option("--arguments", is_flag=True, help="Show the arguments of the tasks, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_(arguments: bool, as_json: bool, **filters: Any) -> None:
+    """List dead letters, the oldest first."""
+    with _site() as (app, store):
+        told = [_told(letter, app if arguments else None) for letter in _chosen(store.list(), **filters)]
+    if as_json:
+        click.echo(json.dumps(told, indent=2))
+        return
+    columns = ["id", "task", "queue", "reason", "failed", "runs", "retries", "error"] + (["args", "kwargs"] if arguments else [])
+    _print_table([column.capitalize() for column in columns], [[_shown(row[column]) for column in columns] for row in told])
+    click.echo(f"{len(told)} dead letters")
+
+
+@dead_letters.command()
+@click.argument("id")
+@click.option("--arguments", is_flag=True, help="Show the arguments of the task, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(id: str, arguments: bool, as_json: bool) -> None:
+    """Show one dead letter with its traceback."""
+    with _site() as (app, store):
+        letter = store.get(id)
+        if letter is None:
+            raise click.ClickException(f"There is no dead letter {id}.")
+        told = _told(letter, app if arguments else None)
+    original = letter.original
+    told |= {"content_type": original.content_type, "size": len(original.body), "traceback": letter.traceback}
+    if as_json:
+        click.echo(json.dumps(told, indent=2))
+        return
+    for name, value in told.items():
+        click.echo(f"{name + ':':<14} {_printable(_shown(value)) if name != 'traceback' else ''}")
+    click.echo(_printable(letter.traceback or "-"))
+
+
+@dead_letters.command()
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option("--all", "everything", is_flag=True, help="All, or all that the filters let through.")
+@_filters
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def replay(ids: tuple[str, ...], everything: bool, yes: bool, **filters: Any) -> None:
+    """Put tasks back on their queues, with their ids, as if they had never run. They are no dead letters any more."""
+    with _site() as (_, store):
+        wanted = _wanted(store, ids, everything, filters)
+        if wanted and not yes and everything:
+            click.confirm(f"Replay {len(wanted)} tasks?", abort=True)
+        _report("replayed", store.replay(wanted), wanted, ids)
+
+
+@dead_letters.command()
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option("--all", "everything", is_flag=True, help="All, or all that the filters let through.")
+@_filters
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def purge(ids: tuple[str, ...], everything: bool, yes: bool, **filters: Any) -> None:
+    """Forget dead letters for good."""
+    with _site() as (_, store):
+        wanted = _wanted(store, ids, everything, filters)
+        if wanted and not yes:
+            click.confirm(f"Forget {len(wanted)} tasks for good?", abort=True)
+        _report("forgotten", store.remove(wanted), wanted, ids)
+
+
+def _wanted(store: Store, ids: tuple[str, ...], everything: bool, filters: dict[str, Any]) -> list[str]:
+    if bool(ids) == everything or (ids and any(filters.values())):
+        raise click.UsageError("Name either ids, or --all and perhaps filters.")
+    letters = _chosen(store.list(), **filters)
+    return [letter.id for letter in letters if everything or letter.id in ids]
+
+
+def _report(done: str, count: int, wanted: list[str], ids: tuple[str, ...]) -> None:
+    """Print what was done, and fail if not all that was asked for was there."""
+    click.echo(f"{count} {done}")
+    missing = sorted(set(ids) - set(wanted))
+    for id in missing:
+        click.echo(f"There is no dead letter {_printable(id)}.", err=True)
+    if missing or count < len(wanted):
+        sys.exit(1)
+
+
+def _told(letter: DeadLetter, app: Celery | None) -> dict[str, Any]:
+    """Return what is shown of a dead letter; its arguments only if an application is given, which can read them."""
+    told: dict[str, Any] = {
+        "id": letter.id,
+        "task": letter.task,
+        "queue": letter.original.queue,
+        "reason": letter.reason,
+        "error": f"{letter.exception}: {letter.message}",
+        "runs": letter.runs,
+        "retries": letter.retries,
+        "received": datetime.fromtimestamp(letter.received, UTC).isoformat(timespec="seconds"),
+        "failed": datetime.fromtimestamp(letter.failed, UTC).isoformat(timespec="seconds"),
+        "hostname": letter.hostname,
+    }
+    if app is not None:
+        told["args"], told["kwargs"] = _arguments(letter, app)
+    return told
+
+
+def _arguments(letter: DeadLetter, app: Celery) -> tuple[Any, Any]:
+    original = letter.original
+    try:
+        accept = serialization.prepare_accept_content(app.conf.accept_content)
+        body = serialization.loads(original.body, original.content_type, original.content_encoding, accept=accept)
+        args, kwargs = (body["args"], body["kwargs"]) if isinstance(body, dict) else body[:2]
+        json.dumps([args, kwargs])
+    except Exception as error:
+        return (f"not readable: {type(error).__name__}",) * 2
+    return args, kwargs
+
+
+# --- common ---
+
+
+def _settings() -> Settings:
+    try:
+        return load_settings()
+    except BadSettings as error:
+        click.echo(str(error), err=True)
+        sys.exit(os.EX_CONFIG)
+
+
+@contextmanager
+def _site() -> Iterator[tuple[Celery, Store]]:
+    """Load the application as its services do."""
+    settings = _settings()
+    from celery_platform.worker import app
+
+    store = store_of(app, settings)
+    if store is None:
+        raise click.ClickException("This broker keeps no dead letters.")
+    connection = app.connection_for_write()
+    try:
+        yield app, store
+    except (KombuError, StoreError, *connection.connection_errors, *connection.channel_errors) as error:
+        raise click.ClickException(f"{type(error).__name__}: {hider(settings)(error)}") from error
+
+
+def _printable(text: str) -> str:
+    """Return a text without what a terminal would take as a command; it may come from anybody who can send a task."""
+    return "".join(character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def _print_table(columns: Any, rows: Any) -> None:
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_printable(cell)) for cell in row))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main(prog_name="celery-platform")

@@ -1,0 +1,116 @@
+"""A user's application, deployed as the services see it; its workers are real processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+
+import celery_platform
+from celery_platform import configuration
+from celery_platform.settings import load_settings
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback address that nobody uses."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = 30, every: float = 0.1) -> Any:
+    """Return the first true value of a condition; raise AssertionError, naming it, if none comes in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(every)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+class Site:
+    """An application of a user, deployed: its folder, the environment and the credentials that a unit would give it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.credentials = folder / "credentials"
+        self.credentials.mkdir()
+        self.environment = {
+            "CELERY_PLATFORM_APPLICATION": "shop:app",
+            "CREDENTIALS_DIRECTORY": str(self.credentials),
+            "PYTHONPATH": f"{folder}:{Path(celery_platform.__file__).parents[1]}",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def write(self, source: str) -> None:
+        """Write the user's module `shop`."""
+        (self.folder / "shop.py").write_text(source)
+
+    def set(self, **settings: str) -> None:
+        """Set variables: `set(broker_url=…)` is CELERY_PLATFORM_BROKER_URL."""
+        self.environment |= {f"CELERY_PLATFORM_{name.upper()}": value for name, value in settings.items()}
+
+    def secret(self, **secrets: str) -> None:
+        """Write credentials."""
+        for name, value in secrets.items():
+            (self.credentials / name).write_text(value)
+
+    def run(self, *command: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command of the virtual environment as the services run."""
+        program = Path(sys.executable).with_name(command[0])
+        environment = os.environ | self.environment
+        run = subprocess.run([program, *command[1:]], env=environment, cwd=self.folder, text=True, capture_output=True, **options)
+        assert not check or run.returncode == 0, run.stdout + run.stderr
+        return run
+
+    @contextmanager
+    def worker(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Run a worker until the block ends (or it is killed in it); `self.log()` is what it printed."""
+        command = [
+            Path(sys.executable).with_name("celery"),
+            "-A",
+            "celery_platform.worker:app",
+            "worker",
+            "--loglevel=INFO",
+            "--concurrency=1",
+            *arguments,
+        ]
+        start = len(self.log())
+        with (self.folder / "worker.log").open("ab") as log:
+            worker = subprocess.Popen(command, env=os.environ | self.environment, cwd=self.folder, stdout=log, stderr=log)
+        try:
+            wait_for("a ready worker", lambda: " ready." in self.log()[start:] or worker.poll() is not None)
+            assert worker.poll() is None, self.log()[start:]
+            yield worker
+        finally:
+            if worker.poll() is None:
+                worker.terminate()
+                try:
+                    worker.wait(20)
+                except subprocess.TimeoutExpired:
+                    worker.kill()
+                    worker.wait()
+
+    def log(self) -> str:
+        """Return what all workers so far printed."""
+        path = self.folder / "worker.log"
+        return path.read_text() if path.exists() else ""
+
+    def producer(self) -> Celery:
+        """Return an application that knows only task names, with the site's settings, as a web service would have it."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment.items():
+                patch.setenv(name, value)
+            settings = load_settings()
+        app = Celery("producer", set_as_current=False)
+        app.conf.update(configuration.celery_config(settings))
+        return app

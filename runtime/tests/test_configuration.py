@@ -1,0 +1,225 @@
+"""What Celery is told: connections, queues, routes; and what of the application's own settings stays."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import Callable
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from celery import Celery
+from celery.exceptions import QueueNotFound
+from kombu import Connection
+from pydantic import SecretStr
+from sites import Site, wait_for
+
+from celery_platform import broker, configuration
+from celery_platform.settings import load_settings
+
+Environment = Callable[..., None]
+
+
+def applied(app: Celery) -> dict[str, configuration.Choice]:
+    return {choice.name: choice for choice in configuration.apply(app, load_settings())}
+
+
+# --- Connections ---
+
+
+@pytest.mark.parametrize("password", ["simple", "a/b@c:d%e#f?g", "%2F", "$`'\"\\"])
+@pytest.mark.parametrize("url", ["redis://shop@redis.example:6379/0", "rediss://shop@[fd00::1]:6379/0", "redis://shop:old@h:6379/0"])
+def test_a_password_arrives_as_it_is(url: str, password: str) -> None:
+    changed = broker.with_password(url, SecretStr(password))
+
+    assert unquote(urlsplit(changed).password or "") == password
+    connection = Connection(changed)
+    assert (connection.userid, connection.password, connection.port) == ("shop", password, 6379)
+
+
+@pytest.mark.parametrize("url", ["memory://", "redis+socket:///run/redis.sock"])
+def test_a_url_without_host_needs_no_password(url: str) -> None:
+    assert broker.with_password(url, SecretStr("x")) == url
+
+
+def test_all_hosts_of_a_broker_get_the_password(environment: Environment) -> None:
+    environment(broker_url="amqps://shop@a:5671/v;amqps://shop@b:5671/v", tls_server_name="rabbitmq", secrets={"broker_password": "pw"})
+    config = broker.celery_config(load_settings())
+
+    assert config["broker_url"] == "amqps://shop:pw@a:5671/v;amqps://shop:pw@b:5671/v"
+    assert config["broker_use_ssl"]["cert_reqs"] is ssl.CERT_REQUIRED
+    assert config["broker_use_ssl"]["server_hostname"] == "rabbitmq"
+    assert config["broker_transport_options"]["confirm_publish"] is True
+
+
+def test_sentinel_gets_its_own_password_and_tls(environment: Environment) -> None:
+    environment(
+        broker_url="sentinel://shop@a:26379/0;sentinel://shop@b:26379/0",
+        result_backend="sentinel://shop@a:26379/1",
+        key_prefix="shop:",
+        tls_ca_file="/etc/ssl/certs/ca-certificates.crt",
+        secrets={"broker_password": "pw", "result_backend_password": "pw", "sentinel_password": "spw"},
+    )
+    config = broker.celery_config(load_settings())
+
+    for options in (config["broker_transport_options"], config["result_backend_transport_options"]):
+        assert options["master_name"] == "mymaster"
+        assert options["global_keyprefix"] == "shop:"
+        assert options["sentinel_kwargs"]["password"] == "spw"
+        assert options["sentinel_kwargs"]["ssl"] is True
+    assert config["broker_use_ssl"]["ssl_check_hostname"] is True
+    assert config["redis_backend_use_ssl"]["ssl_cert_reqs"] is ssl.CERT_REQUIRED
+
+
+def test_without_result_backend_no_result_is_kept(environment: Environment) -> None:
+    environment()
+    config = broker.celery_config(load_settings())
+
+    assert (config["result_backend"], config["task_ignore_result"]) == (None, True)
+
+
+# --- Queues and routes ---
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "queue", "priority"),
+    [
+        ("shop.pay.card", {}, "critical", 0),
+        ("shop.report", {}, "batch", 6),
+        ("shop.report", {"queue": "critical"}, "critical", 6),
+        ("other", {}, "default", None),
+        ("other", {"queue": "batch"}, "batch", 9),
+    ],
+)
+def test_a_task_goes_where_its_route_says(environment: Environment, name: str, options: dict[str, str], queue: str, priority: int) -> None:
+    environment(
+        queues='["default", "critical", {"name": "batch", "priority": 9}]',
+        routes='{"shop.pay.*": {"queue": "critical", "priority": 0}, "shop.*": {"queue": "batch", "priority": 6}}',
+    )
+    app = Celery("shop", set_as_current=False)
+    applied(app)
+    route = app.amqp.Router().route(dict(options), name)
+
+    assert (route["queue"].name, route.get("priority")) == (queue, priority)
+
+
+@pytest.mark.parametrize("url", ["redis://h/0", "amqp://h//"])
+def test_an_unknown_queue_is_an_error_for_the_sender(environment: Environment, url: str) -> None:
+    environment(broker_url=url)
+    app = Celery("shop", set_as_current=False)
+    applied(app)
+
+    with pytest.raises(QueueNotFound):
+        app.amqp.Router().route({"queue": "critcal"}, "shop.pay")
+
+
+def test_queues_are_quorum_queues_on_rabbitmq(environment: Environment) -> None:
+    environment(broker_url="amqp://h//")
+    app = Celery("shop", set_as_current=False)
+    applied(app)
+
+    assert {queue.queue_arguments["x-queue-type"] for queue in app.amqp.queues.values()} == {"quorum"}
+    assert {queue.exchange.type for queue in app.amqp.queues.values()} == {"topic"}
+
+
+# --- The application's own settings ---
+
+
+def test_the_application_keeps_what_is_as_safe(environment: Environment) -> None:
+    environment()
+    app = Celery("shop", set_as_current=False)
+    app.conf.update(task_time_limit=700, timezone="Europe/Berlin", result_expires=60)
+    choices = applied(app)
+
+    assert (app.conf.task_time_limit, app.conf.timezone, app.conf.result_expires) == (700, "Europe/Berlin", 60)
+    assert choices["task_time_limit"].source == "application"
+    assert choices["task_soft_time_limit"].source == "default"
+
+
+def test_the_environment_wins_over_the_application(environment: Environment) -> None:
+    environment(time_limit="800")
+    app = Celery("shop", set_as_current=False)
+    app.conf.task_time_limit = 700
+    choices = applied(app)
+
+    assert app.conf.task_time_limit is None  # the worker's: limits.py
+    assert choices["task_time_limit"].source == "environment"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("accept_content", ["json", "pickle"], ["json"]),
+        ("task_serializer", "pickle", "json"),
+        ("task_acks_late", False, True),
+        ("task_reject_on_worker_lost", False, True),
+        ("task_time_limit", 100_000, None),
+    ],
+)
+def test_what_is_less_safe_is_overruled_with_a_warning(
+    environment: Environment, caplog: pytest.LogCaptureFixture, name: str, value: object, instead: object
+) -> None:
+    environment()
+    app = Celery("shop", set_as_current=False)
+    app.conf[name] = value
+    with caplog.at_level(logging.WARNING):
+        applied(app)
+
+    assert app.conf[name] == instead
+    assert f"{name} of the application is overruled" in caplog.text
+
+
+def test_a_result_backend_that_was_used_too_early_is_made_anew(environment: Environment) -> None:
+    environment(result_backend="redis://shop@redis.example:6379/1")
+    app = Celery("shop", set_as_current=False, backend="cache+memory://")
+    assert "Cache" in type(app.backend).__name__
+    applied(app)
+
+    assert app.backend.connparams["host"] == "redis.example"
+
+
+def test_a_namespace_of_the_application_is_understood(environment: Environment) -> None:
+    """As Django projects configure Celery: CELERY_TASK_TIME_LIMIT."""
+    environment()
+    app = Celery("shop", set_as_current=False)
+    app.config_from_object(
+        {"CELERY_TASK_TIME_LIMIT": 700, "CELERY_ACCEPT_CONTENT": ["pickle"], "CELERY_BROKER_URL": "redis://x"}, namespace="CELERY"
+    )
+    applied(app)
+
+    assert app.conf.task_time_limit == 700
+    assert app.conf.accept_content == ["json"]
+    assert app.conf.broker_url == "redis://shop@redis.example:6379/0"
+
+
+def test_bad_settings_end_a_service_before_it_starts(site: Site) -> None:
+    site.write("from celery import Celery\napp = Celery('shop')\n")
+    site.set(broker_url="redis://h/0", time_limitt="1")
+    ended = site.run("celery", "-A", "celery_platform.worker:app", "worker", check=False)
+
+    assert ended.returncode == 78
+    assert "CELERY_PLATFORM_TIME_LIMITT is no setting" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_users_tasks_run(site: Site, redis_url: str) -> None:
+    site.write("from celery import Celery\napp = Celery('shop')\n\n@app.task(name='add')\ndef add(a, b):\n    return a + b\n")
+    site.set(broker_url=f"{redis_url}/0", result_backend=f"{redis_url}/1", key_prefix="shop:", queues='["default", "critical"]')
+    with site.worker("--queues=default,critical"):
+        producer = site.producer()
+        assert producer.send_task("add", (1, 2)).get(timeout=10) == 3
+        assert producer.send_task("add", (1, 2), queue="critical").get(timeout=10) == 3
+        wait_for("both in the log", lambda: site.log().count("succeeded in") == 2)
+
+
+def test_a_worker_has_the_limits_of_the_settings_or_of_its_command_line(site: Site, redis_url: str) -> None:
+    site.write(
+        "import time\nfrom celery import Celery\nfrom celery.exceptions import SoftTimeLimitExceeded\napp = Celery('shop')\n\n"
+        "@app.task(name='work')\ndef work():\n    start = time.monotonic()\n    try:\n        time.sleep(20)\n"
+        "    except SoftTimeLimitExceeded:\n        return time.monotonic() - start\n"
+    )
+    site.set(broker_url=f"{redis_url}/0", result_backend=f"{redis_url}/1", soft_time_limit="1", time_limit="10")
+    with site.worker("--queues=default"):
+        assert 0.9 < site.producer().send_task("work").get(timeout=10) < 2
+    with site.worker("--queues=default", "--soft-time-limit=3"):
+        assert 2.9 < site.producer().send_task("work").get(timeout=10) < 4

@@ -1,0 +1,297 @@
+"""Dead letters: real brokers, real workers, tasks that fail in every way."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections import Counter
+from typing import Any
+
+import kombu.message
+import kombu.transport.redis
+import pytest
+from celery import Celery
+from sites import Site, wait_for
+
+from celery_platform import dead_letters
+from celery_platform.dead_letters import DeadLetter, Original, RabbitStore, RedisStore, Store
+
+SHOP = """
+import os, signal, time
+from pathlib import Path
+from celery import Celery, Task
+from celery.exceptions import Reject, SoftTimeLimitExceeded
+
+app = Celery("shop")
+
+class Base(Task):  # Not derived from the application's own class.
+    pass
+
+def ran(name):
+    with open("ran", "a") as file:
+        file.write(name + "\\n")
+    return Path("ran").read_text().split().count(name)
+
+def fixed():
+    return Path("fixed").exists()
+
+@app.task(name="works")
+def works():
+    ran("works")
+
+@app.task(name="fails", base=Base)
+def fails(secret):
+    ran("fails")
+    if not fixed():
+        raise ValueError("no stock")
+
+@app.task(name="retries", bind=True, max_retries=1)
+def retries(self):
+    ran("retries")
+    if not fixed():
+        raise self.retry(exc=KeyError("still"), countdown=1)
+
+@app.task(name="rejects")
+def rejects():
+    raise Reject("never", requeue=False)
+
+@app.task(name="waits")
+def waits():
+    if ran("waits") < 5:
+        raise Reject("not yet", requeue=True)
+
+@app.task(name="slow", time_limit=1, soft_time_limit=0.5)
+def slow():
+    try:
+        time.sleep(60)
+    except SoftTimeLimitExceeded:
+        time.sleep(60)
+
+@app.task(name="early", acks_late=False)
+def early():
+    raise ValueError("acknowledged before")
+
+@app.task(name="dies")
+def dies():
+    ran("dies")
+    if not fixed():
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def shop(request: pytest.FixtureRequest, site: Site, redis_url: str) -> Site:
+    """A site with tasks that fail, on each broker."""
+    if request.param == "redis":
+        site.set(broker_url=f"{redis_url}/0")
+    else:
+        site.set(broker_url=request.getfixturevalue("rabbitmq")[0])
+        site.secret(broker_password="guest")
+    site.set(result_backend=f"{redis_url}/1", key_prefix="shop:", queues='["default"]', publish_max_retries="3")
+    site.write(SHOP)
+    return site
+
+
+def store_of(app: Celery) -> Store:
+    return RabbitStore(app) if app.conf.broker_url.startswith("amqp") else RedisStore(app)
+
+
+def ran(site: Site) -> Counter[str]:
+    path = site.folder / "ran"
+    return Counter(path.read_text().split() if path.exists() else ())
+
+
+def waiting(app: Celery) -> int:
+    """Return the messages in the default queue, with those that a worker took along when it was killed."""
+    with app.connection_for_read() as connection:
+        channel, queue = connection.default_channel, app.amqp.queues["default"]
+        if isinstance(store_of(app), RedisStore):
+            with channel.conn_or_acquire() as client:
+                return int(client.llen("default") + client.hlen("unacked"))
+        return int(queue(channel).queue_declare(passive=True)[1])
+
+
+def send_raw(app: Celery, id: str | None, body: bytes, task: str | None = "works", content_type: str = "application/json") -> None:
+    """Send what no producer of Celery sends."""
+    headers = {name: value for name, value in {"id": id, "task": task}.items() if value}
+    with app.producer_pool.acquire(block=True) as producer:
+        queue = app.amqp.queues["default"]
+        options = {"exchange": queue.exchange, "routing_key": queue.routing_key, "declare": [queue], "correlation_id": id}
+        producer.publish(body, content_type=content_type, content_encoding="utf-8", headers=headers, **options)
+
+
+def letter(id: str = "1", **changes: Any) -> DeadLetter:
+    headers = {"id": id, "task": "fails", "retries": 2, "expires": "2020-01-01T00:00:00+00:00", "celery_platform_runs": 2}
+    body = json.dumps([["s3cret"], {}, {}]).encode()
+    route = {"queue": "default", "exchange": "default", "routing_key": "default"}
+    kind = {"content_type": "application/json", "content_encoding": "utf-8"}
+    original = Original(body=body, headers=headers, properties={"correlation_id": id}, **route, **kind)
+    fields = {
+        "id": id,
+        "task": "fails",
+        "reason": "failed",
+        "exception": "ValueError",
+        "message": "no stock",
+        "traceback": "Traceback: here",
+    }
+    times = {"runs": 1, "retries": 2, "received": time.time(), "failed": time.time(), "hostname": "celery@here"}
+    return DeadLetter(**(fields | times | {"original": original} | changes))
+
+
+def test_every_kind_of_failure_is_kept_and_replayed_once(shop: Site) -> None:
+    app = shop.producer()
+    store = store_of(app)
+    good_body = b'[["s3cret"], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
+    with shop.worker("--queues=default"):
+        for name in ("rejects", "waits", "slow", "early", "retries", "dies", "works"):
+            app.send_task(name, task_id=name)
+        app.send_task("fails", ("s3cret",), task_id="fails")
+        app.send_task("works", task_id="expired", expires=-1)
+        app.send_task("unknown", task_id="unknown")
+        send_raw(app, "type", good_body, content_type="application/x-python-serialize")
+        send_raw(app, "json", b"{broken")
+        send_raw(app, "form", b"5")
+        send_raw(app, None, good_body, task="works")
+        send_raw(app, "nameless", b'{"x": 1}', task=None)
+        # The last to fail: it is run three times, each time behind all others.
+        wait_for("the dead letters", lambda: len(store.list()) >= 12 and ran(shop)["waits"] == 5, seconds=25, every=0.5)
+        letters = {letter.id: letter for letter in store.list()}
+        reasons = {id: letter.reason for id, letter in letters.items() if len(id) < 64}
+        assert reasons == {
+            "rejects": "rejected",
+            "slow": "time-limit",
+            "early": "failed",
+            "retries": "failed",
+            "dies": "worker-lost",
+            "fails": "failed",
+            "unknown": "unknown-task",
+            "type": "undecodable",
+            "json": "undecodable",
+            "form": "invalid",
+            "nameless": "invalid",
+        }
+        assert [letter.reason for id, letter in letters.items() if len(id) == 64] == ["invalid"]
+        assert ran(shop) == {"waits": 5, "works": 1, "retries": 2, "dies": 3, "fails": 1}
+
+        fails = letters["fails"]
+        assert (fails.task, fails.exception, fails.message, fails.runs) == ("fails", "ValueError", "no stock", 1)
+        assert 'raise ValueError("no stock")' in (fails.traceback or "")
+        assert json.loads(fails.original.body)[0] == ["s3cret"]
+        assert fails.original.queue == "default"
+        assert letters["type"].original.body == good_body
+        assert (letters["retries"].exception, letters["retries"].retries) == ("KeyError", 1)
+        assert (letters["dies"].exception, letters["dies"].runs) == ("WorkerLostError", 3)
+        assert app.AsyncResult("dies").state == "FAILURE"
+
+        (shop.folder / "fixed").touch()
+        assert store.replay(["fails", "retries", "dies"]) == 3
+        for id in ("fails", "retries", "dies"):
+            wait_for(f"the replayed {id}", lambda id=id: app.AsyncResult(id).state == "SUCCESS")
+        assert ran(shop) == {"waits": 5, "works": 1, "retries": 3, "dies": 4, "fails": 2}
+        assert store.remove(letter.id for letter in store.list()) == 9
+        assert store.list() == []
+    assert waiting(app) == 0
+
+
+def test_a_task_that_kills_the_worker_itself_is_run_a_few_times_only(shop: Site) -> None:
+    shop.set(max_runs="2", soft_time_limit="1", time_limit="2", visibility_timeout="3")
+    app = shop.producer()
+    app.send_task("dies", task_id="dies")
+    for _ in range(2):
+        with shop.worker("--queues=default", "--pool=solo", "--without-mingle", "--without-gossip") as worker:
+            assert wait_for("the end of the worker", lambda worker=worker: worker.poll()) == -signal.SIGKILL
+    with shop.worker("--queues=default", "--pool=solo", "--without-mingle", "--without-gossip"):
+        (kept,) = wait_for("the dead letter", lambda: store_of(app).list())
+    assert (kept.id, kept.reason, kept.runs) == ("dies", "worker-lost", 2)
+    assert ran(shop)["dies"] == 2
+
+
+def test_a_message_is_not_acknowledged_before_it_is_kept(shop: Site) -> None:
+    """The store fails at first; then the worker is killed between the two steps."""
+    name = type(store_of(shop.producer())).__name__
+    shop.write(
+        SHOP
+        + f"""
+from celery_platform import dead_letters
+dead_letters.RETRY_INTERVAL = 1
+add = dead_letters.{name}.add
+def failing_add(self, letter):
+    if not fixed():
+        ran("tried")
+        raise OSError("away")
+    add(self, letter)
+    os.kill(os.getpid(), signal.SIGKILL)
+dead_letters.{name}.add = failing_add
+"""
+    )
+    app = shop.producer()
+    with shop.worker("--queues=default", "--pool=threads", "--without-mingle", "--without-gossip") as worker:
+        app.send_task("fails", ("s3cret",), task_id="fails")
+        wait_for("two tries", lambda: ran(shop)["tried"] >= 2)
+        assert store_of(app).list() == []
+        (shop.folder / "fixed").touch()
+        wait_for("the end of the worker", lambda: worker.poll())
+    assert [letter.id for letter in store_of(app).list()] == ["fails"]
+    wait_for("the message", lambda: waiting(app) == 1)
+    assert ran(shop)["fails"] == 1
+
+
+def test_an_interrupted_replay_loses_nothing(shop: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = shop.producer()
+    store = store_of(app)
+    app.send_task("works", task_id="first")
+    store.add(letter())
+
+    def then_interrupted(step: Any) -> Any:
+        def interrupted(*arguments: Any, **options: Any) -> None:
+            step(*arguments, **options)
+            raise KeyboardInterrupt
+
+        return interrupted
+
+    with monkeypatch.context() as patch:
+        # After the first of RabbitMQ's two steps, whichever that is, and before the one of Redis.
+        patch.setattr(kombu.message.Message, "ack", then_interrupted(kombu.message.Message.ack))
+        patch.setattr(RabbitStore, "send", then_interrupted(RabbitStore.send))
+        patch.setattr(kombu.transport.redis.PrefixedRedisPipeline, "execute", then_interrupted(lambda *_: None))
+        with pytest.raises(KeyboardInterrupt):
+            store.replay(["1"])
+    assert [letter.id for letter in store.list()] == ["1"]
+    assert store.replay(["1"]) == 1
+    assert store.list() == []
+    with app.connection_for_read() as connection:
+        queue = app.amqp.queues["default"](connection.default_channel)
+        messages = list(iter(lambda: queue.get(no_ack=True), None))
+    # RabbitMQ has it twice.
+    assert list(dict.fromkeys(message.headers["id"] for message in messages)) == ["first", "1"]
+    assert messages[1].body in (letter().original.body, letter().original.body.decode())
+    assert (messages[1].headers["retries"], messages[1].headers["expires"]) == (0, None)
+    assert "celery_platform_runs" not in messages[1].headers
+
+
+def test_an_id_is_kept_once(shop: Site) -> None:
+    store = store_of(shop.producer())
+    store.add(letter(message="before"))
+    store.add(letter(id="2", failed=time.time() + 1))
+    store.add(letter(message="after", failed=time.time() + 2))
+    assert [(letter.id, letter.message) for letter in store.list()] == [("2", "no stock"), ("1", "after")]
+    kept = store.get("1")
+    assert kept is not None
+    assert kept.original == letter().original
+    assert store.get("3") is None
+    assert store.remove(["1", "3"]) == 1
+    assert [letter.id for letter in store.list()] == ["2"]
+
+
+@pytest.mark.parametrize("shop", ["redis"], indirect=True)
+def test_nothing_is_installed_if_it_is_switched_off(shop: Site) -> None:
+    from celery_platform.settings import Settings
+
+    app = Celery()
+    url = shop.environment["CELERY_PLATFORM_BROKER_URL"]
+    dead_letters.install(app, Settings(application="shop:app", broker_url=url, dead_letters=False))
+    assert app.conf.worker_consumer == "celery.worker.consumer:Consumer"
+    dead_letters.install(app, Settings(application="shop:app", broker_url=url))
+    assert issubclass(app.conf.worker_consumer, dead_letters.CountingConsumer)
