@@ -47,6 +47,15 @@ class Node:
         ]
         return subprocess.run(command, input=script, text=True, check=True, capture_output=True).stdout
 
+    def celery_python(self, script: str) -> str:
+        """Run a Python script as the application's services run; it has the application as `app`. Return what it prints."""
+        script = f"from celery_platform.worker import app\n{script}"
+        return self.host.run_expect([0], "celery-exec python -c %s", script).stdout.strip()
+
+    def write(self, path: str, text: str) -> None:
+        """Write a file that all may read, and the folders above it."""
+        self.host.check_output("install -D -m 0644 /dev/null %s && printf %%s %s > %s", path, text, path)
+
     def show(self, unit: str, *properties: str) -> dict[str, str]:
         """Return properties of a unit as systemd prints them."""
         out = self.host.check_output("systemctl show %s --property=%s", unit, ",".join(properties))
