@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -40,12 +41,12 @@ class Node:
 
     def python(self, script: str, *arguments: str) -> str:
         """Run a Python script as root; it comes by standard input, so that its secrets are in no command line."""
-        command = [
-            *("ssh", "-i", self.variables["ansible_ssh_private_key_file"]),
-            *self.variables["ansible_ssh_common_args"].split(),
-            *(f"root@{self.address}", "python3", "-", *arguments),
-        ]
-        return subprocess.run(command, input=script, text=True, check=True, capture_output=True).stdout
+        return subprocess.run(self.ssh("python3", "-", *arguments), input=script, text=True, check=True, capture_output=True).stdout
+
+    def ssh(self, *command: str) -> list[str]:
+        """Return the command that runs a command on the host, as root."""
+        key, options = self.variables["ansible_ssh_private_key_file"], self.variables["ansible_ssh_common_args"].split()
+        return ["ssh", "-i", key, *options, f"root@{self.address}", shlex.join(command)]
 
     def celery_python(self, script: str) -> str:
         """Run a Python script as the application's services run; it has the application as `app`. Return what it prints."""

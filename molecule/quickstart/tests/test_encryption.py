@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from celery_platform.serialization import generate_key
 from nodes import Node, wait_for
+
+from celery_platform.serialization import generate_key
 
 testinfra_hosts = ["ansible://celery_worker"]
 
