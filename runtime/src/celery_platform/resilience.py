@@ -393,28 +393,28 @@ def first_match(name: str, globs: Iterable[str]) -> str | None:
     return next((glob for glob in globs if fnmatchcase(name, glob)), None)
 
 
+def protect_tasks(app: Celery, settings: Settings) -> None:
+    """Put around the tasks of an application what the settings name for them."""
+    store = store_of(settings)
+    if store is None and (settings.breakers or settings.rate_limits):
+        logger.warning("Without Redis, breakers are of each process and rate limits of each worker alone")
+    breakers = {glob: CircuitBreaker(store, glob, breaker) for glob, breaker in settings.breakers.items()}
+    horizon = min(HORIZON, settings.longest_wait // 2) if settings.uses_redis_broker else HORIZON
+    limits = {glob: RateLimit(store, glob, rate, horizon) for glob, rate in settings.rate_limits.items() if store}
+    for task in app.tasks.values():
+        if task.name.startswith("celery."):
+            continue
+        retries = retries_of(task, settings)
+        breaker = breakers.get(first_match(task.name, breakers) or "")
+        limit = limits.get(first_match(task.name, limits) or "")
+        if retries or breaker or limit:
+            protect(task, retries, breaker, limit)
+        if store is None and (glob := first_match(task.name, settings.rate_limits)):
+            task.rate_limit = settings.rate_limits[glob]
+
+
 def install(app: Celery, settings: Settings) -> None:
     """Let the workers of an application retry, break and limit the tasks that the settings name."""
-    if not (settings.retry_tasks or settings.breakers or settings.rate_limits):
-        return
-
-    def protect_all(**_: object) -> None:
-        store = store_of(settings)
-        if store is None and (settings.breakers or settings.rate_limits):
-            logger.warning("Without Redis, breakers are of each process and rate limits of each worker alone")
-        breakers = {glob: CircuitBreaker(store, glob, breaker) for glob, breaker in settings.breakers.items()}
-        horizon = min(HORIZON, settings.longest_wait // 2) if settings.uses_redis_broker else HORIZON
-        limits = {glob: RateLimit(store, glob, rate, horizon) for glob, rate in settings.rate_limits.items() if store}
-        for task in app.tasks.values():
-            if task.name.startswith("celery."):
-                continue
-            retries = retries_of(task, settings)
-            breaker = breakers.get(first_match(task.name, breakers) or "")
-            limit = limits.get(first_match(task.name, limits) or "")
-            if retries or breaker or limit:
-                protect(task, retries, breaker, limit)
-            if store is None and (glob := first_match(task.name, settings.rate_limits)):
-                task.rate_limit = settings.rate_limits[glob]
-
-    # All tasks are there by now, and the pool is not yet, whose processes take `run` as it is when they start.
-    signals.worker_init.connect(protect_all, weak=False)
+    if settings.retry_tasks or settings.breakers or settings.rate_limits:
+        # All tasks are there by then, and the pool is not yet, whose processes take `run` as it is when they start.
+        signals.worker_init.connect(lambda **_: protect_tasks(app, settings), weak=False)
