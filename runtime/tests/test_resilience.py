@@ -8,18 +8,22 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
 
 import kombu.exceptions
 import pytest
 import redis
 import yaml
 from celery import Celery, Task, chain, chord
+from celery.exceptions import Reject
 from pybreaker import STATE_CLOSED, STATE_HALF_OPEN
 from sites import Site, free_port, wait_for
 
@@ -144,12 +148,22 @@ def letters(app: Celery) -> dict[str, int]:
     return {letter.id: letter.retries for letter in store.list()}
 
 
-def workers(site: Site, count: int, *arguments: str) -> ExitStack:
-    """Start several workers."""
-    stack = ExitStack()
-    for number in range(count):
-        stack.enter_context(site.worker(f"--hostname={number}@test", *QUIET, *arguments))
-    return stack
+def find_keys(redis_url: str, database: int) -> set[str]:
+    """Return the keys of a database."""
+    return {key.decode() for key in redis.Redis.from_url(f"{redis_url}/{database}").scan_iter()}
+
+
+@contextmanager
+def workers(site: Site, count: int) -> Iterator[None]:
+    """Run several workers, started and stopped at the same time."""
+    every = [site.worker(f"--hostname={number}@test", *QUIET) for number in range(count)]
+    with ThreadPoolExecutor(count) as threads:
+        list(threads.map(lambda worker: worker.__enter__(), every))
+        try:
+            wait_for("all workers", lambda: site.log().count(" ready.") == count)
+            yield
+        finally:
+            list(threads.map(lambda worker: worker.__exit__(None, None, None), every))
 
 
 def test_connection_errors_are_retried_whatever_the_kind_of_task(shop: Site) -> None:
@@ -206,7 +220,7 @@ def test_a_rate_limit_holds_across_workers(shop: Site, redis_url: str) -> None:
     count, rate = 20, 6
     shop.set(rate_limits=f'{{"limi*": "{rate}/s"}}')
     app = shop.producer()
-    with workers(shop, 2, "--concurrency=2"):
+    with workers(shop, 2):
         seconds, micros = redis.Redis.from_url(redis_url).time()
         start = seconds + micros / 1e6
         for number in range(count):
@@ -259,6 +273,19 @@ def test_a_store_is_used_again_once_redis_is_back(monkeypatch: pytest.MonkeyPatc
     with subprocess.Popen(["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""], cwd=tmp_path) as server:
         wait_for("the limit", limited)
         server.terminate()
+
+
+def test_the_store_is_found_by_sentinel(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resilience, "RECOVERY", 0.1)
+    port, master = free_port(), urlsplit(redis_url).port
+    (tmp_path / "conf").write_text(f"port {port}\nbind 127.0.0.1\nsentinel monitor orders 127.0.0.1 {master} 1\n")
+    url = f"sentinel://127.0.0.1:{port}/3;sentinel://127.0.0.1:{free_port()}/3"
+    with subprocess.Popen(["redis-server", "conf", "--sentinel"], cwd=tmp_path, stdout=subprocess.DEVNULL) as sentinel:
+        store = resilience.store_of(Settings(application="x", broker_url=url, sentinel_master="orders", key_prefix="shop:"))
+        assert store is not None
+        wait_for("the store", lambda: RateLimit(store, "x", "1/h", 300).take(had_turn=False) or find_keys(redis_url, 3), every=1)
+        sentinel.terminate()
+    assert find_keys(redis_url, 3) == {"shop:rate-limit:x:due"}
 
 
 def test_turns_are_given_out_in_order_and_not_too_far_ahead(store: Store) -> None:
@@ -355,7 +382,7 @@ def test_the_acl_of_our_redis_allows_all_of_it(redis_url: str) -> None:
     wait_for("the trial", tried)
     circuit.call(lambda: None)
     assert [entry["object"] for entry in admin.acl_log() if "client" not in str(entry["object"])] == []
-    assert {key.partition(b":")[0] for key in redis.Redis.from_url(f"{redis_url}/1").scan_iter()} == {b"shop"}
+    assert all(key.startswith("shop:") for key in find_keys(redis_url, 1))
     admin.execute_command("ACL DELUSER", "shop")
 
 
@@ -394,14 +421,14 @@ def test_errors_of_a_library_count_once_it_is_imported(monkeypatch: pytest.Monke
 def test_other_tasks_and_tasks_called_as_functions_are_untouched(redis_url: str) -> None:
     app = Celery(set_as_current=False)
 
-    @app.task(name="net.away")
+    @app.task(name="net.away", shared=False)
     def away() -> None:
         raise ConnectionError("gone")
 
-    @app.task(name="other")
+    @app.task(name="other", shared=False)
     def other() -> None: ...
 
-    settings = {"retry_tasks": ["net.*"], "breakers": {"net.*": Breaker()}, "rate_limits": {"net.*": "1/h"}}
+    settings = {"retry_tasks": ["net.*", "celery.*"], "breakers": {"net.*": Breaker()}, "rate_limits": {"net.*": "1/h"}}
     resilience.protect_tasks(app, Settings(application="x", broker_url=redis_url, **settings))
     assert [name for name, task in app.tasks.items() if "run" in vars(task)] == ["net.away"]
     for _ in range(2):
@@ -409,4 +436,21 @@ def test_other_tasks_and_tasks_called_as_functions_are_untouched(redis_url: str)
             away()
         assert isinstance(away.apply().result, ConnectionError)
     assert isinstance(away, Task)
-    assert redis.Redis.from_url(redis_url).keys() == []
+    assert find_keys(redis_url, 0) == set()
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_task_that_cannot_be_sent_again_is_not_lost(late: bool) -> None:
+    """Its message goes back to the queue, or where it is acknowledged already, to the dead letters."""
+    app = Celery(broker="memory://", set_as_current=False)
+
+    @app.task(name="net.away", acks_late=late, shared=False)
+    def away(_: object) -> None:
+        raise ConnectionError("gone")
+
+    resilience.protect_tasks(app, Settings(application="x", broker_url="memory://", retry_tasks=["net.*"]))
+    not_for_json = object()
+    away.push_request(id="1", args=[not_for_json], kwargs={}, called_directly=False)
+    with pytest.raises(Reject) as rejected:
+        away.run(not_for_json)
+    assert rejected.value.requeue is late
