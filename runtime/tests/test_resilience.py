@@ -148,6 +148,16 @@ def letters(app: Celery) -> dict[str, int]:
     return {letter.id: letter.retries for letter in store.list()}
 
 
+@contextmanager
+def server(folder: Path, *arguments: str) -> Iterator[None]:
+    """Run a redis-server of the test's own."""
+    with subprocess.Popen(["redis-server", *arguments], cwd=folder, stdout=subprocess.DEVNULL) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+
+
 def find_keys(redis_url: str, database: int) -> set[str]:
     """Return the keys of a database."""
     return {key.decode() for key in redis.Redis.from_url(f"{redis_url}/{database}").scan_iter()}
@@ -270,9 +280,8 @@ def test_a_store_is_used_again_once_redis_is_back(monkeypatch: pytest.MonkeyPatc
             return True
         return False
 
-    with subprocess.Popen(["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""], cwd=tmp_path) as server:
+    with server(tmp_path, "--port", str(port), "--bind", "127.0.0.1", "--save", ""):
         wait_for("the limit", limited)
-        server.terminate()
 
 
 def test_the_store_is_found_by_sentinel(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,11 +289,10 @@ def test_the_store_is_found_by_sentinel(redis_url: str, tmp_path: Path, monkeypa
     port, master = free_port(), urlsplit(redis_url).port
     (tmp_path / "conf").write_text(f"port {port}\nbind 127.0.0.1\nsentinel monitor orders 127.0.0.1 {master} 1\n")
     url = f"sentinel://127.0.0.1:{port}/3;sentinel://127.0.0.1:{free_port()}/3"
-    with subprocess.Popen(["redis-server", "conf", "--sentinel"], cwd=tmp_path, stdout=subprocess.DEVNULL) as sentinel:
+    with server(tmp_path, "conf", "--sentinel"):
         store = resilience.store_of(Settings(application="x", broker_url=url, sentinel_master="orders", key_prefix="shop:"))
         assert store is not None
         wait_for("the store", lambda: RateLimit(store, "x", "1/h", 300).take(had_turn=False) or find_keys(redis_url, 3), every=1)
-        sentinel.terminate()
     assert find_keys(redis_url, 3) == {"shop:rate-limit:x:due"}
 
 
