@@ -230,6 +230,14 @@ def is_no_failure(error: BaseException) -> bool:
     return isinstance(error, Ignore | Reject) or (isinstance(error, Retry) and error.exc is None)
 
 
+class PutOff(Exception):
+    """A task is not to run now but in so many seconds, perhaps because it has its turn then."""
+
+    def __init__(self, countdown: int, reason: str, turn: float | None = None) -> None:
+        super().__init__(reason)
+        self.countdown, self.reason, self.turn = countdown, reason, turn
+
+
 class CircuitBreaker:
     """The circuit breaker of a glob."""
 
@@ -289,14 +297,6 @@ class RateLimit:
             raise PutOff(max(1, math.ceil(turn[0] - now)), reason, turn=turn[0])
         # The line is full.
         raise PutOff(max(1, math.ceil(self._horizon * random.uniform(0.5, 1))), reason)  # noqa: S311
-
-
-class PutOff(Exception):
-    """A task is not to run now but in so many seconds, perhaps because it has its turn then."""
-
-    def __init__(self, countdown: int, reason: str, turn: float | None = None) -> None:
-        super().__init__(reason)
-        self.countdown, self.reason, self.turn = countdown, reason, turn
 
 
 def is_connection_error(error: BaseException) -> bool:
