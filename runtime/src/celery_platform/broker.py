@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ssl
 from typing import Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+import redis
 from pydantic import SecretStr
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from redis.sentinel import Sentinel
 
 from celery_platform.settings import Settings
 
@@ -61,6 +65,30 @@ def celery_config(settings: Settings) -> dict[str, Any]:
             config["broker_use_ssl"] = _rabbitmq_tls(settings)
     config |= _result_config(settings)
     return config
+
+
+def redis_client(settings: Settings, url: str, password: SecretStr | None, timeout: float) -> redis.Redis:
+    """Return a client for the Redis behind a URL of the settings; it connects with its first command.
+
+    It waits so many seconds for a connection or an answer, and does not try again.
+    """
+    hosts = [urlsplit(one) for one in with_password(url, password).split(";")]
+    times = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": Retry(NoBackoff(), 0)}
+    options: dict[str, Any] = times | {
+        "username": hosts[0].username or None,
+        "password": unquote(hosts[0].password) if hosts[0].password else None,
+        "db": int(hosts[0].path.strip("/") or 0),
+    }
+    by_sentinel = url.startswith("sentinel")
+    if url.startswith("rediss") or (by_sentinel and settings.tls_ca_file):
+        options |= {"ssl": True} | _redis_tls(settings)
+    if not by_sentinel:
+        return redis.Redis(host=hosts[0].hostname or "127.0.0.1", port=hosts[0].port or 6379, **options)
+    sentinels = [(host.hostname or "127.0.0.1", host.port or 26379) for host in hosts]
+    asking = _redis_options(settings, url)["sentinel_kwargs"] | times
+    sentinel: Any = Sentinel(sentinels, sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
+    master: redis.Redis = sentinel.master_for(settings.sentinel_master, **options)
+    return master
 
 
 def _result_config(settings: Settings) -> dict[str, Any]:
