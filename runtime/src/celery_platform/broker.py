@@ -56,8 +56,8 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         # 300 s: a lost worker's tasks would wait that long beyond the visibility timeout.
         sweep = {"unacked_restore_interval": 2, "unacked_restore_throttle": 1, "unacked_mutex_expire": 15}
         config["broker_transport_options"] = _redis_options(settings, settings.broker_url) | sweep
-        if settings.broker_url.startswith(("rediss", "sentinel")) and settings.tls_ca_file:
-            config["broker_use_ssl"] = _redis_tls(settings)
+        if tls := redis_tls(settings, settings.broker_url):
+            config["broker_use_ssl"] = tls
     if settings.uses_rabbitmq:
         config["broker_heartbeat"] = 20
         config["broker_transport_options"] = {"confirm_publish": True, "read_timeout": 30, "write_timeout": 30}
@@ -79,14 +79,12 @@ def redis_client(settings: Settings, url: str, password: SecretStr | None, timeo
         "password": unquote(hosts[0].password) if hosts[0].password else None,
         "db": int(hosts[0].path.strip("/") or 0),
     }
-    by_sentinel = url.startswith("sentinel")
-    if url.startswith("rediss") or (by_sentinel and settings.tls_ca_file):
-        options |= {"ssl": True} | _redis_tls(settings)
-    if not by_sentinel:
+    if tls := redis_tls(settings, url):
+        options |= {"ssl": True} | tls
+    if not url.startswith("sentinel"):
         return redis.Redis(host=hosts[0].hostname or "127.0.0.1", port=hosts[0].port or 6379, **options)
     sentinels = [(host.hostname or "127.0.0.1", host.port or 26379) for host in hosts]
-    asking = _redis_options(settings, url)["sentinel_kwargs"] | times
-    sentinel: Any = Sentinel(sentinels, sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
+    sentinel: Any = Sentinel(sentinels, sentinel_kwargs=sentinel_options(settings) | times)  # type: ignore[no-untyped-call]
     master: redis.Redis = sentinel.master_for(settings.sentinel_master, **options)
     return master
 
@@ -102,8 +100,8 @@ def _result_config(settings: Settings) -> dict[str, Any]:
         config["redis_socket_connect_timeout"] = CONNECT_TIMEOUT
         config["redis_socket_keepalive"] = True
         config["redis_backend_health_check_interval"] = HEALTH_CHECK_INTERVAL
-        if url.startswith(("rediss", "sentinel")) and settings.tls_ca_file:
-            config["redis_backend_use_ssl"] = _redis_tls(settings)
+        if tls := redis_tls(settings, url):
+            config["redis_backend_use_ssl"] = tls
     return config
 
 
@@ -117,20 +115,29 @@ def _redis_options(settings: Settings, url: str) -> dict[str, Any]:
         "health_check_interval": HEALTH_CHECK_INTERVAL,
     }
     if url.startswith("sentinel"):
-        # With options of its own, redis-py derives no timeout for the connections to Sentinel.
-        sentinel: dict[str, Any] = {"socket_timeout": CONNECT_TIMEOUT, "socket_connect_timeout": CONNECT_TIMEOUT}
-        if settings.sentinel_password:
-            sentinel["password"] = settings.sentinel_password.get_secret_value()
-        if settings.tls_ca_file:
-            sentinel |= {"ssl": True} | _redis_tls(settings)
-        options |= {"master_name": settings.sentinel_master, "sentinel_kwargs": sentinel}
+        options |= {"master_name": settings.sentinel_master, "sentinel_kwargs": sentinel_options(settings)}
     return options
 
 
-def _redis_tls(settings: Settings) -> dict[str, Any]:
+def sentinel_options(settings: Settings) -> dict[str, Any]:
+    """Return how redis-py connects to Sentinel itself: password, TLS, timeouts."""
+    # With options of its own, redis-py derives no timeout for these connections.
+    options: dict[str, Any] = {"socket_timeout": CONNECT_TIMEOUT, "socket_connect_timeout": CONNECT_TIMEOUT}
+    if settings.sentinel_password:
+        options["password"] = settings.sentinel_password.get_secret_value()
+    if tls := redis_tls(settings, "sentinel"):
+        options |= {"ssl": True} | tls
+    return options
+
+
+def redis_tls(settings: Settings, url: str) -> dict[str, Any] | None:
+    """Return redis-py's options for TLS with the Redis behind a URL of the settings, or None for plain text."""
+    if not url.startswith("rediss") and not (url.startswith("sentinel") and settings.tls_ca_file):
+        return None
     return {
         "ssl_cert_reqs": ssl.CERT_REQUIRED,
         "ssl_check_hostname": True,
+        # None: those of the system.
         "ssl_ca_certs": str(settings.tls_ca_file) if settings.tls_ca_file else None,
         "ssl_certfile": str(settings.tls_cert_file) if settings.tls_cert_file else None,
         "ssl_keyfile": str(settings.tls_key_file) if settings.tls_key_file else None,

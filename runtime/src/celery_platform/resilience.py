@@ -154,13 +154,9 @@ class Store:
 
 def store_of(settings: Settings) -> Store | None:
     """Return the store that workers share, or None if neither the broker nor the result backend is Redis."""
-    if settings.uses_redis_broker:
-        url, password = settings.broker_url, settings.broker_password
-    elif settings.result_backend and settings.result_backend.startswith(("redis", "sentinel")):
-        url, password = settings.result_backend, settings.result_backend_password
-    else:
+    if settings.redis_store is None:
         return None
-    return Store(broker.redis_client(settings, url, password, TIMEOUT), settings.key_prefix)
+    return Store(broker.redis_client(settings, *settings.redis_store, TIMEOUT), settings.key_prefix)
 
 
 class SharedCircuit(pybreaker.CircuitBreakerStorage):

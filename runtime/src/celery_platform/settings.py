@@ -241,6 +241,15 @@ class Settings(BaseSettings):
         return self.broker_url.startswith("amqp")
 
     @property
+    def redis_store(self) -> tuple[str, SecretStr | None] | None:
+        """URL and password of the Redis that workers share: the broker, or else the result backend. None: neither is one."""
+        if self.uses_redis_broker:
+            return self.broker_url, self.broker_password
+        if self.result_backend and self.result_backend.startswith(("redis", "sentinel")):
+            return self.result_backend, self.result_backend_password
+        return None
+
+    @property
     def longest_wait(self) -> int:
         """Seconds that a task may wait for its time on Redis, where its message is unacknowledged meanwhile and while it runs."""
         return self.visibility_timeout - self.time_limit
