@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import redis
-from amqp.exceptions import AccessRefused, MessageNacked, NotFound
+from amqp.exceptions import AccessRefused, NotFound
 from celery import Celery
 from celery.exceptions import QueueNotFound
 from cryptography import x509
@@ -226,40 +226,57 @@ class Authority:
         return context
 
 
-@contextmanager
-def tls_broker(host: str, context: ssl.SSLContext, url: str) -> Iterator[str]:
-    """Offer a broker with TLS at an address of its own, until the block ends; yield the URL."""
-    rest = url.rpartition("@")[2]
-    inner, _, vhost = rest.partition("/")
-    listener = socket.create_server((host, 0))
+class Relay:
+    """Offers a broker at an address of its own, with TLS if wanted, until its block ends."""
 
-    def copy(source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError), source, sink:
-            while data := source.recv(65536):
-                sink.sendall(data)
+    def __init__(self, url: str, host: str = "127.0.0.1", context: ssl.SSLContext | None = None) -> None:
+        inner, _, vhost = url.rpartition("@")[2].partition("/")
+        self.broker = inner.split(":")
+        self.context = context
+        self.listener = socket.create_server((host, 0))
+        self.url = f"{'amqps' if context else 'amqp'}://guest@{host}:{self.listener.getsockname()[1]}/{vhost}"
+        self.clients: list[socket.socket] = []
+        #: Bytes from clients; clearing an event holds back what comes then.
+        self.requested = 0
+        self.requests, self.answers = threading.Event(), threading.Event()
+        self.requests.set()
+        self.answers.set()
 
-    def serve(client: socket.socket) -> None:
-        with suppress(OSError):
-            outer, broker = context.wrap_socket(client, server_side=True), socket.create_connection(inner.split(":"))
-            connections.append(outer)
-            threading.Thread(target=copy, args=(broker, outer), daemon=True).start()
-            copy(outer, broker)
+    def __enter__(self) -> Relay:
+        threading.Thread(target=self.accept, daemon=True).start()
+        return self
 
-    def accept() -> None:
+    def __exit__(self, *_: object) -> None:
+        self.requests.set()
+        self.answers.set()
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        for client in self.clients:
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+
+    def accept(self) -> None:
         with suppress(OSError):
             while True:
-                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+                threading.Thread(target=self.serve, args=(self.listener.accept()[0],), daemon=True).start()
 
-    connections: list[socket.socket] = []
-    threading.Thread(target=accept, daemon=True).start()
-    try:
-        yield f"amqps://guest@{host}:{listener.getsockname()[1]}/{vhost}"
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        for connection in connections:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+    def serve(self, client: socket.socket) -> None:
+        with suppress(OSError):
+            client = self.context.wrap_socket(client, server_side=True) if self.context else client
+            self.clients.append(client)
+            broker = socket.create_connection(self.broker)
+            threading.Thread(target=self.answer, args=(broker, client), daemon=True).start()
+            with client, broker:
+                while data := client.recv(65536):
+                    self.requested += len(data)
+                    self.requests.wait()
+                    broker.sendall(data)
+
+    def answer(self, broker: socket.socket, client: socket.socket) -> None:
+        with suppress(OSError), broker, client:
+            while data := broker.recv(65536):
+                self.answers.wait()
+                client.sendall(data)
 
 
 def of(*names: str) -> list[x509.GeneralName]:
@@ -269,8 +286,8 @@ def of(*names: str) -> list[x509.GeneralName]:
 def test_each_host_is_verified_against_its_own_name(vhost: str, tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     with ExitStack() as second, ExitStack() as first:
-        one = first.enter_context(tls_broker("127.0.0.1", authority.context(*of("127.0.0.1")), vhost))
-        two = second.enter_context(tls_broker("127.0.0.2", authority.context(*of("127.0.0.2")), vhost))
+        one = first.enter_context(Relay(vhost, "127.0.0.1", authority.context(*of("127.0.0.1")))).url
+        two = second.enter_context(Relay(vhost, "127.0.0.2", authority.context(*of("127.0.0.2")))).url
         app = guarded(broker_url=f"{one};{two}", queues=["own"], default_queue="own", tls_ca_file=authority.file, publish_max_retries=3)
         app.send_task("first")
         # Without the guards, and set up as kombu documents it.
@@ -288,14 +305,14 @@ def test_each_host_is_verified_against_its_own_name(vhost: str, tmp_path: Path) 
 @pytest.mark.parametrize(("name", "server_name"), [("127.0.0.9", None), ("127.0.0.1", "rabbitmq.test")])
 def test_a_host_of_another_name_is_refused(vhost: str, tmp_path: Path, name: str, server_name: str | None) -> None:
     authority = Authority(tmp_path)
-    with tls_broker("127.0.0.1", authority.context(*of(name)), vhost) as url:
-        config = broker.celery_config(settings(broker_url=url, tls_ca_file=authority.file))
+    with Relay(vhost, context=authority.context(*of(name))) as relay:
+        config = broker.celery_config(settings(broker_url=relay.url, tls_ca_file=authority.file))
         tls = config["broker_use_ssl"]
         del tls["server_hostname"]
         with Connection(config["broker_url"], ssl=tls) as connection:
             connection.connect()
 
-        app = guarded(broker_url=url, queues=["default"], tls_ca_file=authority.file, tls_server_name=server_name)
+        app = guarded(broker_url=relay.url, queues=["default"], tls_ca_file=authority.file, tls_server_name=server_name)
         with app.connection_for_write() as connection, pytest.raises(ssl.SSLCertVerificationError, match=server_name or "127.0.0.1"):
             connection.connect()
 
@@ -305,7 +322,7 @@ def test_all_hosts_are_verified_against_the_name_they_share(vhost: str, tmp_path
     options = {"queues": ["shared"], "default_queue": "shared", "tls_ca_file": authority.file}
     with ExitStack() as stack:
         context = authority.context(*of("rabbitmq.test"))
-        hosts = [stack.enter_context(tls_broker(host, context, vhost)) for host in ("127.0.0.1", "127.0.0.2")]
+        hosts = [stack.enter_context(Relay(vhost, host, context)).url for host in ("127.0.0.1", "127.0.0.2")]
         for host in hosts:
             app = guarded(broker_url=host, tls_server_name="rabbitmq.test", **options)
             app.send_task(host)
@@ -371,31 +388,33 @@ def test_a_publisher_does_not_wait_for_ever(vhost: str, rabbitmq_node: RabbitMQ,
     assert not waiting.is_alive()
 
 
-def test_a_late_confirmation_is_not_the_next_messages(vhost: str, process: int) -> None:
-    """The first message goes nowhere, which RabbitMQ confirms; the second goes to a queue that is full, and is refused."""
-    url = vhost.replace("guest@", "guest:guest@")
-    full = Queue("full", queue_arguments={"x-max-length": 1, "x-overflow": "reject-publish"})
-
-    def publish_next(producer: Producer, outcomes: list[str]) -> None:
-        try:
-            producer.publish({}, routing_key="full", confirm_timeout=30)
-            outcomes.append("published")
-        except Exception as error:
-            outcomes.append(type(error).__name__)
-
+def test_a_late_confirmation_is_not_the_next_messages(vhost: str) -> None:
+    """The next message never reaches RabbitMQ."""
     for module, outcome in (("kombu.transport.pyamqp", "published"), ("celery_platform.guards", "RecoverableConnectionError")):
-        with Connection(url, transport=f"{module}:Transport", transport_options={"confirm_publish": True}) as connection:
+        outcomes: list[str] = []
+        options = {"transport": f"{module}:Transport", "transport_options": {"confirm_publish": True}}
+        with Relay(vhost) as relay, Connection(relay.url.replace("@", ":guest@"), **options) as connection:
             producer = Producer(connection.channel())
-            with suppress(MessageNacked):
-                producer.publish({}, routing_key="full", declare=[full])
-            outcomes: list[str] = []
-            waiting = threading.Thread(target=publish_next, args=(producer, outcomes))
-            with frozen(process):
-                with pytest.raises(TimeoutError):
-                    producer.publish({}, routing_key="nowhere", confirm_timeout=1)
-                waiting.start()
-                waiting.join(1)
-            waiting.join(30)
+            producer.publish({}, routing_key="nowhere")
+
+            def publish_next(producer: Producer = producer, outcomes: list[str] = outcomes) -> None:
+                try:
+                    producer.publish({}, routing_key="nowhere", confirm_timeout=30)
+                    outcomes.append("published")
+                except Exception as error:
+                    outcomes.append(type(error).__name__)
+
+            relay.answers.clear()
+            with pytest.raises(TimeoutError):
+                producer.publish({}, routing_key="nowhere", confirm_timeout=1)
+            relay.requests.clear()
+            requested = relay.requested
+            next_one = threading.Thread(target=publish_next)
+            next_one.start()
+            wait_for("the next message", lambda relay=relay, start=requested, told=outcomes: told or relay.requested > start + 20)
+            relay.answers.set()
+            next_one.join(60)
+            relay.requests.set()
             assert outcomes == [outcome]
 
 
