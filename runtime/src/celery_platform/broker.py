@@ -122,6 +122,6 @@ def _rabbitmq_tls(settings: Settings) -> dict[str, Any]:
         "ca_certs": str(settings.tls_ca_file) if settings.tls_ca_file else None,
         "certfile": str(settings.tls_cert_file) if settings.tls_cert_file else None,
         "keyfile": str(settings.tls_key_file) if settings.tls_key_file else None,
-        # None is each host's own name, with guards.py.
+        # None is each host's own name (guards.py); without an entry, py-amqp verifies no name.
         "server_hostname": settings.tls_server_name,
     }

@@ -1,4 +1,4 @@
-"""Guards for defects of Celery 5.7.0, kombu 5.7.0 and py-amqp 5.4.2, all of RabbitMQ's side.
+"""Guards for defects of Celery 5.7.0, kombu 5.7.0 and py-amqp 5.4.2 with RabbitMQ.
 
 Each says which defect it is for, where that is, and when it can go. What settings alone prevent is in `broker`, `queues`
 and `configuration`; time limits are in `limits`. The tests show each defect without its guard.
@@ -130,16 +130,15 @@ class Transport(pyamqp.Transport):
     Connection = Connection
 
     def establish_connection(self) -> Any:
-        """Connect, and verify each host against its own name if no other is given.
+        """Connect, and leave `server_hostname: None` as it is: each host is verified against its own name.
 
-        kombu (kombu/transport/pyamqp.py, establish_connection) writes the first host's name over the `None` that says
-        so, into the dictionary that all connections share; py-amqp (amqp/transport.py, _wrap_socket_sni) verifies no
-        name if it is given none. Can go when kombu copies the dictionary and names the host always.
+        kombu (kombu/transport/pyamqp.py, establish_connection) writes the first host's name over it, into the dictionary
+        that all connections share. Can go when kombu copies that.
         """
         client: Any = self.client
         shared = client.ssl
         if isinstance(shared, dict):
-            client.ssl = {"server_hostname": None} | shared
+            client.ssl = dict(shared)
         try:
             return super().establish_connection()  # type: ignore[no-untyped-call]
         finally:
