@@ -18,6 +18,8 @@ from celery_platform.settings import Settings
 SOCKET_TIMEOUT = 30
 CONNECT_TIMEOUT = 5
 HEALTH_CHECK_INTERVAL = 10
+#: Seconds until a publisher takes a message for lost that RabbitMQ does not confirm: longer than the election of a leader.
+CONFIRM_TIMEOUT = 30
 
 
 def with_password(url: str, password: SecretStr | None) -> str:
@@ -60,7 +62,12 @@ def celery_config(settings: Settings) -> dict[str, Any]:
             config["broker_use_ssl"] = tls
     if settings.uses_rabbitmq:
         config["broker_heartbeat"] = 20
-        config["broker_transport_options"] = {"confirm_publish": True, "read_timeout": 30, "write_timeout": 30}
+        config["broker_transport_options"] = {
+            "confirm_publish": True,
+            "confirm_timeout": CONFIRM_TIMEOUT,  # guards.py
+            "read_timeout": SOCKET_TIMEOUT,
+            "write_timeout": SOCKET_TIMEOUT,
+        }
         if settings.broker_url.startswith("amqps"):
             config["broker_use_ssl"] = _rabbitmq_tls(settings)
     config |= _result_config(settings)
@@ -145,13 +152,11 @@ def redis_tls(settings: Settings, url: str) -> dict[str, Any] | None:
 
 
 def _rabbitmq_tls(settings: Settings) -> dict[str, Any]:
-    options: dict[str, Any] = {
+    return {
         "cert_reqs": ssl.CERT_REQUIRED,
         "ca_certs": str(settings.tls_ca_file) if settings.tls_ca_file else None,
         "certfile": str(settings.tls_cert_file) if settings.tls_cert_file else None,
         "keyfile": str(settings.tls_key_file) if settings.tls_key_file else None,
+        # None is each host's own name (guards.py); without an entry, py-amqp verifies no name.
+        "server_hostname": settings.tls_server_name,
     }
-    # py-amqp checks the name only if it is given one, and kombu keeps the first host's for all others.
-    if settings.tls_server_name:
-        options["server_hostname"] = settings.tls_server_name
-    return options

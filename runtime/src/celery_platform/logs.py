@@ -34,9 +34,9 @@ from celery.app.task import Context
 from celery.utils.log import ColorFormatter, get_multiprocessing_logger
 from celery.worker.consumer import consumer as celery_consumer
 from celery.worker.request import Request
-from kombu.transport.native_delayed_delivery import MAX_NUMBER_OF_BITS_TO_USE
 from pydantic import SecretStr
 
+from celery_platform.queues import DELAY
 from celery_platform.settings import MASK, Settings
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,6 @@ SHORTEST_SECRET = 4
 
 #: A password in a URL; it may hold an @ that should have been quoted.
 URL_PASSWORD = re.compile(r"""(?<=://)([^\s:/@'"]*):[^\s/'"]*@""")
-
-#: What a countdown adds to the routing key of a quorum queue.
-DELAY = re.compile(rf"^(?:[01]\.){{{MAX_NUMBER_OF_BITS_TO_USE}}}")
 
 #: What the mappings that Celery logs call arguments and results (celery.app.trace, celery.worker.strategy).
 VALUES = frozenset({"args", "kwargs", "return_value"})

@@ -36,7 +36,7 @@ from celery.app.task import Task
 from celery.exceptions import Ignore, Reject, Retry
 
 from celery_platform import broker
-from celery_platform.logs import DELAY
+from celery_platform.queues import DELAY
 from celery_platform.settings import Breaker, Settings
 
 logger = logging.getLogger(__name__)

@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     tls_ca_file: ReadableFile | None = None
     tls_cert_file: ReadableFile | None = None
     tls_key_file: ReadableFile | None = None
-    #: Name that the certificates of all RabbitMQ nodes share.
+    #: Name that the certificates of all RabbitMQ nodes share. None: each has its own host's.
     tls_server_name: str | None = None
     #: What all keys and channels in Redis begin with.
     key_prefix: str = ""
