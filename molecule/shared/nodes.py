@@ -7,26 +7,15 @@ import os
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import redis
 import testinfra.host
 import yaml
+from waiting import wait_for as wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = 30, every: float = 0.2) -> Any:
-    """Return the first true value of a condition; raise AssertionError, naming it, if none comes in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(every)
-    raise AssertionError(f"not within {seconds} s: {what}")
 
 
 class Node:
