@@ -30,7 +30,7 @@ class HardLimits(bootsteps.Step):  # type: ignore[misc]
 
     That is a task, or a call, that sets only one of them, on the other side of the worker's. Celery starts the timer of
     the hard limit when the soft one has passed (on_timeout_set in celery/concurrency/asynpool.py, 5.7.0): the task would
-    run until then. Can go when it starts the earlier one.
+    run until then. Here it is told and killed at once. Can go when Celery starts the earlier one.
     """
 
     requires = ("celery.worker.components:Pool",)
