@@ -1,0 +1,173 @@
+#!/usr/bin/python
+"""Ansible module `redis_live`: a running Redis or Sentinel follows its files, without a restart wherever it can."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: redis_live
+short_description: Apply changed settings and users to a running Redis or Sentinel
+description:
+  - Settings that differ from the files are changed by CONFIG SET, SENTINEL SET and SENTINEL CONFIG SET, users by
+    ACL SETUSER. That cuts no connection, which ACL LOAD would.
+  - What cannot be changed live is returned as C(restart), a list of reasons.
+options:
+  address: {description: Address of this host that it listens on., type: str, required: true}
+  port: {description: Its port., type: int, required: true}
+  service: {description: Its unit., type: str, required: true}
+  unit_files: {description: Files that it must be restarted for if they are newer than its start., type: list, elements: path, default: []}
+  settings: {description: Its files with settings., type: list, elements: path, required: true}
+  acl: {description: Its file with users., type: path, required: true}
+  sentinel: {description: "For a Sentinel: name of the master, quorum, and state, the file that it writes itself.", type: dict}
+  certificates: {description: Load the certificate's files again., type: bool, default: false}
+  user: {description: User of Redis and Sentinel., type: str, default: default}
+  passwords: {description: Its password and the one before it., type: list, elements: str, required: true}
+  tls: {description: "Files: ca, certificate, key.", type: dict, default: {}}
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.redis_client import LOGIN, Client, RedisError, connect, lines_of
+
+UNITS = {"": 1, "k": 1000, "kb": 1024, "m": 1000**2, "mb": 1024**2, "g": 1000**3, "gb": 1024**3}
+#: Seconds that a server may take to load its data.
+LOAD_TIME = 120
+
+
+def plain(value: str) -> str:
+    """Return a setting's value as CONFIG GET prints it: sizes in bytes."""
+    size = re.fullmatch(r"(\d+)([kmg]b?)?", value.lower())
+    return str(int(size[1]) * UNITS[size[2] or ""]) if size else value
+
+
+class Live:
+    """A running server beside the files that say how it should be."""
+
+    def __init__(self, client: Client, arguments: dict[str, Any], check: bool) -> None:
+        self.client = client
+        self.arguments = arguments
+        self.check = check
+        self.changed: list[str] = []
+        self.restart: list[str] = []
+
+    def files(self) -> None:
+        """Find what is newer than the start of the service."""
+        command = ["systemctl", "show", self.arguments["service"], "--property=ActiveEnterTimestamp", "--timestamp=us+utc", "--value"]
+        started = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        seconds = subprocess.run(["date", "+%s.%N", "--date", started], capture_output=True, text=True, check=True).stdout
+        self.restart += [f"{path} is newer" for path in self.arguments["unit_files"] if os.stat(path).st_mtime > float(seconds)]
+
+    def settings(self) -> None:
+        """Change the settings of a Redis."""
+        wanted = {words[0].lower(): " ".join(words[1:]) for path in self.arguments["settings"] for words in lines_of(path)}
+        present = self.client.pairs("CONFIG", "GET", "*")
+        different = {name: value for name, value in wanted.items() if plain(value) != present.get(name)}
+        if self.arguments["certificates"]:
+            # The value is a file's name: setting it again reads the file again.
+            different |= {name: wanted[name] for name in ("tls-cert-file", "tls-key-file", "tls-ca-cert-file")}
+        if not different:
+            return
+        if self.check:
+            self.changed += different
+            return
+        try:
+            # In one command, since some settings (all of TLS) are only valid together.
+            self.client("CONFIG", "SET", *(word for pair in different.items() for word in pair))
+        except RedisError:
+            for name, value in different.items():
+                try:
+                    self.client("CONFIG", "SET", name, value)
+                except RedisError as error:
+                    self.restart.append(f"{name}: {error}")
+        # A server that now wants TLS has closed nothing, but a new connection proves that it is as it should be.
+        now = self.client.pairs("CONFIG", "GET", "*")
+        self.changed += [name for name in different if self.arguments["certificates"] or now.get(name) != present.get(name)]
+        self.restart = [reason for reason in self.restart if plain(wanted.get(reason.split(":")[0], "")) != now.get(reason.split(":")[0])]
+
+    def sentinel(self) -> None:
+        """Change the settings of a Sentinel, all but those of its own server."""
+        name, quorum, state = (self.arguments["sentinel"][key] for key in ("master", "quorum", "state"))
+        present = self.client.pairs("SENTINEL", "MASTER", name)
+        # What it does not show, it writes down.
+        hidden = {words[1]: words[3] for words in lines_of(state) if words[0] == "sentinel" and words[2:3] == [name] and len(words) == 4}
+        common = self.client.pairs("SENTINEL", "CONFIG", "GET", "*")
+        wanted = [["quorum", name, str(quorum)]]
+        wanted += [words[1:] for path in self.arguments["settings"] for words in lines_of(path) if words[0] == "sentinel"]
+        for option, *rest in wanted:
+            command: list[str] = []
+            if option == "myid":
+                continue
+            if rest[0] == name and len(rest) == 2:
+                if (present | hidden).get(option) != rest[1]:
+                    command = ["SENTINEL", "SET", name, option, rest[1]]
+            elif common.get(option) != rest[0]:
+                command = ["SENTINEL", "CONFIG", "SET", option, rest[0]]
+            if command:
+                self.changed.append(option)
+                if not self.check:
+                    self.client(*command)
+
+    def users(self) -> None:
+        """Change the users, without cutting the connections of those that stay."""
+        wanted = {words[1]: words[2:] for words in lines_of(self.arguments["acl"])}
+        before = {line.split()[1]: line for line in self.client("ACL", "LIST")}
+        unwanted = sorted(set(before) - set(wanted))
+        if self.check:
+            self.changed += sorted(set(before) ^ set(wanted))
+            return
+        for name, rules in wanted.items():
+            self.client("ACL", "SETUSER", name, "reset", *rules)
+        if unwanted:
+            self.client("ACL", "DELUSER", *unwanted)
+        after = {line.split()[1]: line for line in self.client("ACL", "LIST")}
+        self.changed += [f"user {name}" for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec=LOGIN
+        | {
+            "address": {"type": "str", "required": True},
+            "port": {"type": "int", "required": True},
+            "service": {"type": "str", "required": True},
+            "unit_files": {"type": "list", "elements": "path", "default": []},
+            "settings": {"type": "list", "elements": "path", "required": True},
+            "acl": {"type": "path", "required": True},
+            "sentinel": {"type": "dict"},
+            "certificates": {"type": "bool", "default": False},
+        },
+        supports_check_mode=True,
+    )
+    arguments = module.params
+    try:
+        try:
+            client = connect(arguments["address"], arguments["port"], arguments)
+        except (OSError, RedisError):
+            if module.check_mode:
+                module.exit_json(changed=False, restart=[], role="")
+            client = connect(arguments["address"], arguments["port"], arguments, seconds=LOAD_TIME)
+        live = Live(client, arguments, module.check_mode)
+        live.files()
+        if arguments["sentinel"]:
+            live.sentinel()
+            role = "sentinel"
+        else:
+            live.settings()
+            role = client.role()
+        live.users()
+    except (OSError, RedisError, LookupError) as error:
+        module.fail_json(
+            msg=f"{arguments['service']} on this host does not serve as configured: {error}\nLook at: journalctl -u {arguments['service']}"
+        )
+    with contextlib.suppress(OSError):
+        client("QUIT")
+    module.exit_json(changed=bool(live.changed), settings=live.changed, restart=live.restart, role=role)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+#!/usr/bin/python
+"""Ansible module `redis_restart`: restart a Redis or Sentinel such that the site keeps a master."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: redis_restart
+short_description: Restart a Redis or Sentinel and wait until it serves again
+description:
+  - A master that has a replica first hands over to it. Writes are held for that moment, so that none is lost.
+  - It returns when a replica has caught up with its master, or a Sentinel knows a quorum again. To be run on one host at a time.
+options:
+  address: {description: Address of this host that it listens on., type: str, required: true}
+  port: {description: Its port., type: int, required: true}
+  service: {description: Its unit., type: str, required: true}
+  sentinels: {description: "Sentinels that can order a failover, as address:port.", type: list, elements: str, default: []}
+  master_name: {description: Name of the master in Sentinel., type: str, required: true}
+  is_sentinel: {description: Whether it is a Sentinel itself., type: bool, default: false}
+  user: {description: User of Redis and Sentinel., type: str, default: default}
+  passwords: {description: Its password and the one before it., type: list, elements: str, required: true}
+  tls: {description: "Files: ca, certificate, key.", type: dict, default: {}}
+"""
+
+import subprocess
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.redis_client import LOGIN, Client, RedisError, connect, endpoint, wait_for
+
+#: Seconds that a failover may take, and loading and synchronizing all data.
+FAILOVER_TIME = 60
+SYNC_TIME = 600
+#: Milliseconds that writes are held at most while the master hands over.
+PAUSE = 15_000
+
+
+def hand_over(client: Client, arguments: dict[str, Any]) -> bool:
+    """Make a replica the master, if this is the master and there is one; tell whether that was so."""
+    if client.role() != "master" or not arguments["sentinels"] or client.info("replication")["connected_slaves"] == "0":
+        return False
+    client("CLIENT", "PAUSE", PAUSE, "WRITE")
+    try:
+        # From now on nothing is written: what replicas lack is on its way.
+        wait_for("a replica that has everything", lambda: _caught_up(client), PAUSE / 1000)
+        wait_for("a Sentinel that orders a failover", lambda: _failover(arguments), FAILOVER_TIME)
+        wait_for("the failover", lambda: client_of(arguments).role() == "slave", FAILOVER_TIME)
+    finally:
+        client_of(arguments)("CLIENT", "UNPAUSE")
+    return True
+
+
+def client_of(arguments: dict[str, Any]) -> Client:
+    """Return a new connection to this host's server. (A failover closes the earlier ones.)"""
+    return connect(arguments["address"], arguments["port"], arguments)
+
+
+def _caught_up(client: Client) -> bool:
+    state = client.info("replication")
+    replicas = [dict(part.split("=") for part in value.split(",")) for name, value in state.items() if name.startswith("slave")]
+    return any(replica["state"] == "online" and replica["offset"] == state["master_repl_offset"] for replica in replicas)
+
+
+def _failover(arguments: dict[str, Any]) -> bool:
+    for sentinel in arguments["sentinels"]:
+        try:
+            Client(*endpoint(sentinel), arguments)("SENTINEL", "FAILOVER", arguments["master_name"])
+            return True
+        except (OSError, RedisError):
+            continue
+    return False
+
+
+def _serves(arguments: dict[str, Any]) -> bool:
+    client = client_of(arguments)
+    if arguments["is_sentinel"]:
+        return str(client("SENTINEL", "CKQUORUM", arguments["master_name"])).startswith("OK")
+    state = client.info("replication")
+    return state["role"] == "master" or state["master_link_status"] == "up"
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec=LOGIN
+        | {
+            "address": {"type": "str", "required": True},
+            "port": {"type": "int", "required": True},
+            "service": {"type": "str", "required": True},
+            "sentinels": {"type": "list", "elements": "str", "default": []},
+            "master_name": {"type": "str", "required": True},
+            "is_sentinel": {"type": "bool", "default": False},
+        },
+        supports_check_mode=True,
+    )
+    arguments = module.params
+    handed_over = False
+    try:
+        if not module.check_mode:
+            if not arguments["is_sentinel"]:
+                try:
+                    client = client_of(arguments)
+                except (OSError, RedisError):
+                    pass  # It does not serve: nothing to hand over.
+                else:
+                    handed_over = hand_over(client, arguments)
+            subprocess.run(["systemctl", "restart", arguments["service"]], check=True, capture_output=True, text=True)
+            wait_for(f"{arguments['service']} in service", lambda: _serves(arguments), SYNC_TIME)
+    except (OSError, RedisError, subprocess.CalledProcessError) as error:
+        detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
+        module.fail_json(msg=f"{arguments['service']}: {detail}\nLook at: journalctl -u {arguments['service']}")
+    module.exit_json(changed=True, handed_over=handed_over)
+
+
+if __name__ == "__main__":
+    main()
