@@ -10,13 +10,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-#: Arguments that every module takes which talks to Redis or Sentinel.
-LOGIN = {
-    "user": {"type": "str", "default": "default"},
-    # The second one is the previous one: a server that was not told yet still wants it.
-    "passwords": {"type": "list", "elements": "str", "no_log": True, "required": True},
-    # Keys: ca, certificate, key. Without them the connection is not encrypted.
-    "tls": {"type": "dict", "default": {}},
+#: The argument that every module takes: a server of this host, or how to log in to servers of other hosts.
+SERVER = {
+    "type": "dict",
+    "required": True,
+    "options": {
+        "address": {"type": "str", "required": True},
+        "port": {"type": "int", "required": True},
+        "service": {"type": "str", "required": True},
+        # Passwords of the user `default`. A server that was not told of the first one yet still wants the second one.
+        "passwords": {"type": "list", "elements": "str", "no_log": True, "required": True},
+        # Keys: ca, certificate, key. Without them connections are not encrypted.
+        "tls": {"type": "dict", "default": {}},
+    },
 }
 
 
@@ -27,7 +33,7 @@ class RedisError(Exception):
 class Client:
     """A connection. Replies are int, str, None, or lists of them."""
 
-    def __init__(self, address: str, port: int, login: dict[str, Any], timeout: float = 3) -> None:
+    def __init__(self, address: str, port: int, server: dict[str, Any], timeout: float = 3) -> None:
         """Connect and log in.
 
         Raises:
@@ -35,18 +41,19 @@ class Client:
             RedisError: if no password is accepted.
         """
         connection = socket.create_connection((address, port), timeout)
-        if files := login["tls"]:
+        self.encrypted = bool(server["tls"])
+        if files := server["tls"]:
             context = ssl.create_default_context(cafile=files["ca"])
             context.load_cert_chain(files["certificate"], files["key"])
             connection = context.wrap_socket(connection, server_hostname=address)
         self._connection = connection
         self._replies = connection.makefile("rb")
-        for number, password in enumerate(login["passwords"], 1):
+        for number, password in enumerate(server["passwords"], 1):
             try:
-                self("AUTH", login["user"], password)
+                self("AUTH", "default", password)
                 return
             except RedisError:
-                if number == len(login["passwords"]):
+                if number == len(server["passwords"]):
                     raise
 
     def __call__(self, *words: str | int) -> Any:
@@ -81,15 +88,19 @@ class Client:
         """Return a section of INFO."""
         return dict(line.split(":", 1) for line in self("INFO", section).splitlines() if ":" in line)
 
+    def certificate(self) -> bytes | None:
+        """Return the certificate that the server shows, in DER format."""
+        return self._connection.getpeercert(binary_form=True) if isinstance(self._connection, ssl.SSLSocket) else None
+
     def role(self) -> str:
         """Return `master` or `slave`."""
         return str(self("ROLE")[0])
 
 
-def connect(address: str, port: int, login: dict[str, Any], seconds: float = 0) -> Client:
-    """Return a connection to a server of this host that has loaded its data, waiting so long for it.
+def connect(server: dict[str, Any], seconds: float = 0) -> Client:
+    """Return a connection to a server of this host once it has loaded its data, waiting so long for it.
 
-    A server that still runs as it did before TLS was switched on or off is reached as well.
+    A server that still runs as it did before TLS was switched on is reached as well.
 
     Raises:
         OSError: if none answers in time.
@@ -98,11 +109,11 @@ def connect(address: str, port: int, login: dict[str, Any], seconds: float = 0) 
 
     def ready() -> Client | None:
         try:
-            client = Client(address, port, login)
+            client = Client(server["address"], server["port"], server)
         except OSError:
-            if not login["tls"]:
+            if not server["tls"]:
                 raise
-            client = Client(address, port, login | {"tls": {}})
+            client = Client(server["address"], server["port"], server | {"tls": {}})
         return None if client.info("persistence").get("loading") == "1" else client
 
     end = time.monotonic() + seconds
@@ -113,6 +124,8 @@ def connect(address: str, port: int, login: dict[str, Any], seconds: float = 0) 
         except (OSError, RedisError) as error:
             if time.monotonic() >= end or "WRONGPASS" in str(error):
                 raise
+        if time.monotonic() >= end:
+            raise TimeoutError("it still loads its data")
         time.sleep(0.2)
 
 

@@ -11,28 +11,24 @@ description:
     ACL SETUSER. That cuts no connection, which ACL LOAD would.
   - What cannot be changed live is returned as C(restart), a list of reasons.
 options:
-  address: {description: Address of this host that it listens on., type: str, required: true}
-  port: {description: Its port., type: int, required: true}
-  service: {description: Its unit., type: str, required: true}
   unit_files: {description: Files that it must be restarted for if they are newer than its start., type: list, elements: path, default: []}
   settings: {description: Its files with settings., type: list, elements: path, required: true}
   acl: {description: Its file with users., type: path, required: true}
   sentinel: {description: "For a Sentinel: name of the master, quorum, and state, the file that it writes itself.", type: dict}
-  certificates: {description: Load the certificate's files again., type: bool, default: false}
-  user: {description: User of Redis and Sentinel., type: str, default: default}
-  passwords: {description: Its password and the one before it., type: list, elements: str, required: true}
-  tls: {description: "Files: ca, certificate, key.", type: dict, default: {}}
+  server: {description: "The server: address, port, service, passwords, tls (files: ca, certificate, key).", type: dict, required: true}
 """
 
 import contextlib
 import os
 import re
+import ssl
 import subprocess
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.redis_client import LOGIN, Client, RedisError, connect, lines_of
+from ansible.module_utils.redis_client import SERVER, Client, RedisError, connect, lines_of
 
+END = "-----END CERTIFICATE-----"
 UNITS = {"": 1, "k": 1000, "kb": 1024, "m": 1000**2, "mb": 1024**2, "g": 1000**3, "gb": 1024**3}
 #: Seconds that a server may take to load its data.
 LOAD_TIME = 120
@@ -50,29 +46,42 @@ class Live:
     def __init__(self, client: Client, arguments: dict[str, Any], check: bool) -> None:
         self.client = client
         self.arguments = arguments
+        self.server = arguments["server"]
         self.check = check
         self.changed: list[str] = []
         self.restart: list[str] = []
 
-    def files(self) -> None:
-        """Find what is newer than the start of the service."""
-        command = ["systemctl", "show", self.arguments["service"], "--property=ActiveEnterTimestamp", "--timestamp=us+utc", "--value"]
+    def is_newer(self, path: str) -> bool:
+        """Tell whether a file is newer than the start of the service."""
+        command = ["systemctl", "show", self.server["service"], "--property=ActiveEnterTimestamp", "--timestamp=us+utc", "--value"]
         started = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        seconds = subprocess.run(["date", "+%s.%N", "--date", started], capture_output=True, text=True, check=True).stdout
-        self.restart += [f"{path} is newer" for path in self.arguments["unit_files"] if os.stat(path).st_mtime > float(seconds)]
+        seconds = subprocess.run(["date", "--utc", "+%s.%N", "--date", started], capture_output=True, text=True, check=True).stdout
+        return os.stat(path).st_mtime > float(seconds)
+
+    def shows_old_certificate(self) -> bool:
+        """Tell whether the server shows another certificate than the one in the file."""
+        if not self.client.encrypted:
+            return False
+        with open(self.server["tls"]["certificate"]) as file:
+            wanted = ssl.PEM_cert_to_DER_cert(file.read().partition(END)[0] + END)
+        return self.client.certificate() != wanted
 
     def settings(self) -> None:
         """Change the settings of a Redis."""
         wanted = {words[0].lower(): " ".join(words[1:]) for path in self.arguments["settings"] for words in lines_of(path)}
-        present = self.client.pairs("CONFIG", "GET", "*")
-        different = {name: value for name, value in wanted.items() if plain(value) != present.get(name)}
-        if self.arguments["certificates"]:
+        before = self.client.pairs("CONFIG", "GET", "*")
+        different = {name: value for name, value in wanted.items() if plain(value) != before.get(name)}
+        if self.shows_old_certificate():
             # The value is a file's name: setting it again reads the file again.
-            different |= {name: wanted[name] for name in ("tls-cert-file", "tls-key-file", "tls-ca-cert-file")}
-        if not different:
-            return
+            different |= {name: wanted[name] for name in ("tls-cert-file", "tls-key-file")}
+            self.changed.append("certificate")
+        elif self.client.encrypted and self.is_newer(self.server["tls"]["ca"]) and not self.check:
+            # Whether it knows the CAs of today cannot be seen, and reading them again harms nobody.
+            self.client("CONFIG", "SET", "tls-ca-cert-file", wanted["tls-ca-cert-file"])
         if self.check:
             self.changed += different
+            return
+        if not different:
             return
         try:
             # In one command, since some settings (all of TLS) are only valid together.
@@ -83,13 +92,15 @@ class Live:
                     self.client("CONFIG", "SET", name, value)
                 except RedisError as error:
                     self.restart.append(f"{name}: {error}")
-        # A server that now wants TLS has closed nothing, but a new connection proves that it is as it should be.
-        now = self.client.pairs("CONFIG", "GET", "*")
-        self.changed += [name for name in different if self.arguments["certificates"] or now.get(name) != present.get(name)]
-        self.restart = [reason for reason in self.restart if plain(wanted.get(reason.split(":")[0], "")) != now.get(reason.split(":")[0])]
+        after = self.client.pairs("CONFIG", "GET", "*")
+        self.changed += [name for name in different if after.get(name) != before.get(name)]
 
     def sentinel(self) -> None:
         """Change the settings of a Sentinel, all but those of its own server."""
+        if self.shows_old_certificate():
+            self.restart.append("certificate")
+        elif self.client.encrypted and self.is_newer(self.server["tls"]["ca"]):
+            self.restart.append("CAs")
         name, quorum, state = (self.arguments["sentinel"][key] for key in ("master", "quorum", "state"))
         present = self.client.pairs("SENTINEL", "MASTER", name)
         # What it does not show, it writes down.
@@ -130,39 +141,34 @@ class Live:
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
-        argument_spec=LOGIN
-        | {
-            "address": {"type": "str", "required": True},
-            "port": {"type": "int", "required": True},
-            "service": {"type": "str", "required": True},
+        argument_spec={
+            "server": SERVER,
             "unit_files": {"type": "list", "elements": "path", "default": []},
             "settings": {"type": "list", "elements": "path", "required": True},
             "acl": {"type": "path", "required": True},
             "sentinel": {"type": "dict"},
-            "certificates": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
     arguments = module.params
     try:
         try:
-            client = connect(arguments["address"], arguments["port"], arguments)
-        except (OSError, RedisError):
-            if module.check_mode:
-                module.exit_json(changed=False, restart=[], role="")
-            client = connect(arguments["address"], arguments["port"], arguments, seconds=LOAD_TIME)
+            client = connect(arguments["server"], seconds=0 if module.check_mode else LOAD_TIME)
+        except OSError:
+            if not module.check_mode:
+                raise
+            module.exit_json(changed=False, settings=[], restart=[], role="")
         live = Live(client, arguments, module.check_mode)
-        live.files()
         if arguments["sentinel"]:
             live.sentinel()
-            role = "sentinel"
         else:
             live.settings()
-            role = client.role()
         live.users()
+        live.restart += [f"{path} is newer" for path in arguments["unit_files"] if live.is_newer(path)]
+        role = client.role()
     except (OSError, RedisError, LookupError) as error:
         module.fail_json(
-            msg=f"{arguments['service']} on this host does not serve as configured: {error}\nLook at: journalctl -u {arguments['service']}"
+            msg=f"{arguments['server']['service']} on this host does not serve as configured: {error}\nLook at: journalctl -u {arguments['server']['service']}"
         )
     with contextlib.suppress(OSError):
         client("QUIT")

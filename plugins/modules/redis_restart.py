@@ -10,22 +10,17 @@ description:
   - A master that has a replica first hands over to it. Writes are held for that moment, so that none is lost.
   - It returns when a replica has caught up with its master, or a Sentinel knows a quorum again. To be run on one host at a time.
 options:
-  address: {description: Address of this host that it listens on., type: str, required: true}
-  port: {description: Its port., type: int, required: true}
-  service: {description: Its unit., type: str, required: true}
   sentinels: {description: "Sentinels that can order a failover, as address:port.", type: list, elements: str, default: []}
   master_name: {description: Name of the master in Sentinel., type: str, required: true}
   is_sentinel: {description: Whether it is a Sentinel itself., type: bool, default: false}
-  user: {description: User of Redis and Sentinel., type: str, default: default}
-  passwords: {description: Its password and the one before it., type: list, elements: str, required: true}
-  tls: {description: "Files: ca, certificate, key.", type: dict, default: {}}
+  server: {description: "The server: address, port, service, passwords, tls (files: ca, certificate, key).", type: dict, required: true}
 """
 
 import subprocess
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.redis_client import LOGIN, Client, RedisError, connect, endpoint, wait_for
+from ansible.module_utils.redis_client import SERVER, Client, RedisError, connect, endpoint, wait_for
 
 #: Seconds that a failover may take, and loading and synchronizing all data.
 FAILOVER_TIME = 60
@@ -51,7 +46,7 @@ def hand_over(client: Client, arguments: dict[str, Any]) -> bool:
 
 def client_of(arguments: dict[str, Any]) -> Client:
     """Return a new connection to this host's server. (A failover closes the earlier ones.)"""
-    return connect(arguments["address"], arguments["port"], arguments)
+    return connect(arguments["server"])
 
 
 def _caught_up(client: Client) -> bool:
@@ -63,7 +58,7 @@ def _caught_up(client: Client) -> bool:
 def _failover(arguments: dict[str, Any]) -> bool:
     for sentinel in arguments["sentinels"]:
         try:
-            Client(*endpoint(sentinel), arguments)("SENTINEL", "FAILOVER", arguments["master_name"])
+            Client(*endpoint(sentinel), arguments["server"])("SENTINEL", "FAILOVER", arguments["master_name"])
             return True
         except (OSError, RedisError):
             continue
@@ -81,11 +76,8 @@ def _serves(arguments: dict[str, Any]) -> bool:
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
-        argument_spec=LOGIN
-        | {
-            "address": {"type": "str", "required": True},
-            "port": {"type": "int", "required": True},
-            "service": {"type": "str", "required": True},
+        argument_spec={
+            "server": SERVER,
             "sentinels": {"type": "list", "elements": "str", "default": []},
             "master_name": {"type": "str", "required": True},
             "is_sentinel": {"type": "bool", "default": False},
@@ -103,7 +95,7 @@ def main() -> None:
                     pass  # It does not serve: nothing to hand over.
                 else:
                     handed_over = hand_over(client, arguments)
-            subprocess.run(["systemctl", "restart", arguments["service"]], check=True, capture_output=True, text=True)
+            subprocess.run(["systemctl", "restart", arguments["server"]["service"]], check=True, capture_output=True, text=True)
             wait_for(f"{arguments['service']} in service", lambda: _serves(arguments), SYNC_TIME)
     except (OSError, RedisError, subprocess.CalledProcessError) as error:
         detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else error

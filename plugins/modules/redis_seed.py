@@ -20,9 +20,7 @@ options:
   nodes: {description: All Redis hosts, as address:port., type: list, elements: str, required: true}
   sentinels: {description: All Sentinels, as address:port., type: list, elements: str, default: []}
   master_name: {description: Name of the master in Sentinel., type: str, required: true}
-  user: {description: User of Redis and Sentinel., type: str, default: default}
-  passwords: {description: Its password and the one before it., type: list, elements: str, required: true}
-  tls: {description: "Files: ca, certificate, key.", type: dict, default: {}}
+  server: {description: "The server: address, port, service, passwords, tls (files: ca, certificate, key).", type: dict, required: true}
 """
 
 import os
@@ -31,25 +29,25 @@ from collections.abc import Iterator
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.redis_client import LOGIN, Client, RedisError, endpoint
+from ansible.module_utils.redis_client import SERVER, Client, RedisError, endpoint
 
 
-def masters_by_sentinels(sentinels: list[str], name: str, login: dict[str, Any]) -> Iterator[tuple[int, str]]:
+def masters_by_sentinels(sentinels: list[str], name: str, server: dict[str, Any]) -> Iterator[tuple[int, str]]:
     """Yield the epoch and address of the master as each Sentinel knows it; of two answers the higher epoch is newer."""
     for sentinel in sentinels:
         try:
-            master = Client(*endpoint(sentinel), login).pairs("SENTINEL", "MASTER", name)
+            master = Client(*endpoint(sentinel), server).pairs("SENTINEL", "MASTER", name)
         except (OSError, RedisError):
             continue
         yield int(master["config-epoch"]), f"{master['ip']}:{master['port']}"
 
 
-def roles(nodes: list[str], login: dict[str, Any]) -> dict[str, str]:
+def roles(nodes: list[str], server: dict[str, Any]) -> dict[str, str]:
     """Return what the Redis hosts that answer say they are."""
     found = {}
     for node in nodes:
         try:
-            found[node] = Client(*endpoint(node), login).role()
+            found[node] = Client(*endpoint(node), server).role()
         except (OSError, RedisError):
             continue
     return found
@@ -61,9 +59,9 @@ def find_master(arguments: dict[str, Any]) -> str:
     Raises:
         LookupError: if it is not clear who it is.
     """
-    if known := list(masters_by_sentinels(arguments["sentinels"], arguments["master_name"], arguments)):
+    if known := list(masters_by_sentinels(arguments["sentinels"], arguments["master_name"], arguments["server"])):
         return max(known)[1]
-    found = roles(arguments["nodes"], arguments)
+    found = roles(arguments["nodes"], arguments["server"])
     if not found:
         return str(arguments["first"])
     masters = [node for node, role in found.items() if role == "master"]
@@ -76,8 +74,8 @@ def find_master(arguments: dict[str, Any]) -> str:
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
-        argument_spec=LOGIN
-        | {
+        argument_spec={
+            "server": SERVER,
             "path": {"type": "path", "required": True},
             "content": {"type": "str", "required": True},
             "content_of_master": {"type": "str"},

@@ -93,6 +93,8 @@ def _redis_options(settings: Settings, url: str) -> dict[str, Any]:
         sentinel: dict[str, Any] = {"socket_timeout": CONNECT_TIMEOUT, "socket_connect_timeout": CONNECT_TIMEOUT}
         if settings.sentinel_password:
             sentinel["password"] = settings.sentinel_password.get_secret_value()
+            if settings.sentinel_user:
+                sentinel["username"] = settings.sentinel_user
         if settings.tls_ca_file:
             sentinel |= {"ssl": True} | _redis_tls(settings)
         options |= {"master_name": settings.sentinel_master, "sentinel_kwargs": sentinel}
