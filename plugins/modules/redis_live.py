@@ -18,7 +18,6 @@ options:
   server: {description: "The server: address, port, service, passwords, tls (files: ca, certificate, key).", type: dict, required: true}
 """
 
-import contextlib
 import os
 import re
 import ssl
@@ -26,12 +25,15 @@ import subprocess
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.redis_client import SERVER, Client, RedisError, connect, lines_of
+from ansible.module_utils.redis_client import SERVER, Client, RedisError, connect, lines_of, wait_for
 
 END = "-----END CERTIFICATE-----"
 UNITS = {"": 1, "k": 1000, "kb": 1024, "m": 1000**2, "mb": 1024**2, "g": 1000**3, "gb": 1024**3}
 #: Seconds that a server may take to load its data.
 LOAD_TIME = 120
+#: Seconds that a replica may take to reach its master, which may just start, and to copy all its data.
+LINK_TIME = 30
+SYNC_TIME = 600
 
 
 def plain(value: str) -> str:
@@ -138,6 +140,18 @@ class Live:
         self.changed += [f"user {name}" for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
 
 
+def follows(client: Client) -> bool:
+    """Tell whether a replica gets its master's data; false as well while it is still copying them.
+
+    Raises:
+        LookupError: if it does not even begin to, for some time.
+    """
+    state = client.info("replication")
+    if int(state.get("master_link_down_since_seconds", 0)) > LINK_TIME and state["master_sync_in_progress"] == "0":
+        raise LookupError(f"the master, {state['master_host']}, does not answer, or not to this replica")
+    return state["master_link_status"] == "up"
+
+
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
@@ -166,12 +180,12 @@ def main() -> None:
         live.users()
         live.restart += [f"{path} is newer" for path in arguments["unit_files"] if live.is_newer(path)]
         role = client.role()
+        if role == "slave" and not module.check_mode:
+            wait_for(f"data from the master, {client.info('replication')['master_host']}", lambda: follows(client), SYNC_TIME)
     except (OSError, RedisError, LookupError) as error:
         module.fail_json(
             msg=f"{arguments['server']['service']} on this host does not serve as configured: {error}\nLook at: journalctl -u {arguments['server']['service']}"
         )
-    with contextlib.suppress(OSError):
-        client("QUIT")
     module.exit_json(changed=bool(live.changed), settings=live.changed, restart=live.restart, role=role)
 
 
