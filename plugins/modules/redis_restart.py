@@ -23,10 +23,10 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.redis_client import SERVER, Client, RedisError, connect, endpoint, wait_for
 
 #: Seconds that a failover may take, and loading and synchronizing all data.
-FAILOVER_TIME = 60
+FAILOVER_TIME = 30
 SYNC_TIME = 600
 #: Milliseconds that writes are held at most while the master hands over.
-PAUSE = 15_000
+PAUSE = 20_000
 
 
 def hand_over(client: Client, arguments: dict[str, Any]) -> bool:
@@ -37,10 +37,15 @@ def hand_over(client: Client, arguments: dict[str, Any]) -> bool:
     try:
         # From now on nothing is written: what replicas lack is on its way.
         wait_for("a replica that has everything", lambda: _caught_up(client), PAUSE / 1000)
-        wait_for("a Sentinel that orders a failover", lambda: _failover(arguments), FAILOVER_TIME)
-        wait_for("the failover", lambda: client_of(arguments).role() == "slave", FAILOVER_TIME)
+        sentinel = wait_for("a Sentinel that orders a failover", lambda: _failover(arguments), FAILOVER_TIME)
+        before = sentinel[1]
+        after = wait_for("the failover", lambda: (now := _master(sentinel[0], arguments)) != before and now, FAILOVER_TIME)
+        # Sentinel would say so only later. Writes that were held are refused now, and the clients ask for the new master.
+        client("REPLICAOF", *after)
+        client("CONFIG", "REWRITE")
+        client("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
     finally:
-        client_of(arguments)("CLIENT", "UNPAUSE")
+        client("CLIENT", "UNPAUSE")
     return True
 
 
@@ -55,22 +60,31 @@ def _caught_up(client: Client) -> bool:
     return any(replica["state"] == "online" and replica["offset"] == state["master_repl_offset"] for replica in replicas)
 
 
-def _failover(arguments: dict[str, Any]) -> bool:
-    for sentinel in arguments["sentinels"]:
+def _master(sentinel: Client, arguments: dict[str, Any]) -> list[str]:
+    return list(sentinel("SENTINEL", "GET-MASTER-ADDR-BY-NAME", arguments["master_name"]))
+
+
+def _failover(arguments: dict[str, Any]) -> tuple[Client, list[str]] | None:
+    """Return the Sentinel that carries out the failover, and who was the master before; None if none does."""
+    for address in arguments["sentinels"]:
         try:
-            Client(*endpoint(sentinel), arguments["server"])("SENTINEL", "FAILOVER", arguments["master_name"])
-            return True
+            sentinel = Client(*endpoint(address), arguments["server"])
+            before = _master(sentinel, arguments)
+            sentinel("SENTINEL", "FAILOVER", arguments["master_name"])
+            return sentinel, before
         except (OSError, RedisError):
             continue
-    return False
+    return None
 
 
 def _serves(arguments: dict[str, Any]) -> bool:
     client = client_of(arguments)
     if arguments["is_sentinel"]:
         return str(client("SENTINEL", "CKQUORUM", arguments["master_name"])).startswith("OK")
-    state = client.info("replication")
-    return state["role"] == "master" or state["master_link_status"] == "up"
+    replication, persistence = client.info("replication"), client.info("persistence")
+    # While it writes the file for data that it just copied, it would not stop, and has no copy of its own.
+    writing = persistence["aof_rewrite_in_progress"] == "1" or persistence["aof_rewrite_scheduled"] == "1"
+    return not writing and (replication["role"] == "master" or replication["master_link_status"] == "up")
 
 
 def main() -> None:
@@ -95,11 +109,12 @@ def main() -> None:
                     pass  # It does not serve: nothing to hand over.
                 else:
                     handed_over = hand_over(client, arguments)
+                    wait_for("the end of the first copy of all data", lambda: _serves(arguments), SYNC_TIME)
             subprocess.run(["systemctl", "restart", arguments["server"]["service"]], check=True, capture_output=True, text=True)
-            wait_for(f"{arguments['service']} in service", lambda: _serves(arguments), SYNC_TIME)
+            wait_for(f"{arguments['server']['service']} in service", lambda: _serves(arguments), SYNC_TIME)
     except (OSError, RedisError, subprocess.CalledProcessError) as error:
         detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
-        module.fail_json(msg=f"{arguments['service']}: {detail}\nLook at: journalctl -u {arguments['service']}")
+        module.fail_json(msg=f"{arguments['server']['service']}: {detail}\nLook at: journalctl -u {arguments['server']['service']}")
     module.exit_json(changed=True, handed_over=handed_over)
 
 
