@@ -30,6 +30,9 @@ options:
   group:
     description: Group that must be able to read the key. Not checked if unset.
     type: str
+  service:
+    description: Address and port of a service, as C(127.0.0.1:6379), that is asked which certificate it shows.
+    type: str
 author: Celery Platform
 """
 
@@ -42,6 +45,14 @@ days_left:
   description: Whole days until the certificate expires, below zero if it has. Unset if it cannot be told.
   returned: always
   type: int
+older_than_ca:
+  description: Whether the file of the CAs was written after the certificate.
+  returned: always
+  type: bool
+shown:
+  description: Whether the service shows this very certificate. Unset if it does not answer, or I(service) is unset.
+  returned: always
+  type: bool
 content:
   description: The certificate as text, '' if there is none.
   returned: always
@@ -49,6 +60,7 @@ content:
 """
 
 import grp
+import socket
 import ssl
 import subprocess
 import time
@@ -94,7 +106,8 @@ def days_until(not_after: str) -> int:
 
 def readable_by(group: str, path: Path) -> bool:
     """Tell whether a process that has only this group beyond `nobody` can read a file. Needs root."""
-    return subprocess.run(["/usr/bin/test", "-r", path], user="nobody", group="nogroup", extra_groups=[group]).returncode == 0
+    test = ["/usr/bin/test", "-r", path]
+    return subprocess.run(test, user="nobody", group="nogroup", extra_groups=[group]).returncode == 0  # noqa: S603
 
 
 def check_key(key: Path, group: str | None) -> str:
@@ -151,6 +164,24 @@ def check(certificate: Path, key: Path, ca: Path, names: list[str], group: str |
     return problems, days_left
 
 
+def shows(service: str, certificate: Path, key: Path) -> bool | None:
+    """Tell whether a service shows just this certificate in a handshake; None if nobody answers there."""
+    address, _, port = service.rpartition(":")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    # What is asked is which certificate it has, not whether it is a good one.
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        context.load_cert_chain(certificate, key)
+        with socket.create_connection((address, int(port)), timeout=10) as connection, context.wrap_socket(connection) as session:
+            theirs = session.getpeercert(binary_form=True)
+    except ssl.SSLError:
+        return False
+    except OSError:
+        return None
+    first, end, _ = certificate.read_text().partition("-----END CERTIFICATE-----")
+    return theirs == ssl.PEM_cert_to_DER_cert(first[first.index("-----BEGIN") :] + end)
+
+
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
@@ -160,16 +191,24 @@ def main() -> None:
             "ca": {"type": "path", "required": True},
             "names": {"type": "list", "elements": "str", "default": []},
             "group": {"type": "str"},
+            "service": {"type": "str"},
         },
         supports_check_mode=True,
     )
     certificate, key, ca = (Path(module.params[name]) for name in ("certificate", "key", "ca"))
+    service = module.params["service"]
     try:
         problems, days_left = check(certificate, key, ca, module.params["names"], module.params["group"])
-        content = certificate.read_text() if certificate.is_file() else ""
-    except OSError as error:
+        module.exit_json(
+            changed=False,
+            problems=problems,
+            days_left=days_left,
+            older_than_ca=certificate.is_file() and ca.is_file() and certificate.stat().st_mtime < ca.stat().st_mtime,
+            shown=shows(service, certificate, key) if service and certificate.is_file() else None,
+            content=certificate.read_text() if certificate.is_file() else "",
+        )
+    except (OSError, ValueError) as error:
         module.fail_json(msg=str(error))
-    module.exit_json(changed=False, problems=problems, days_left=days_left, content=content)
 
 
 if __name__ == "__main__":
