@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ def test_hosts_talk_only_to_whom_the_authority_knows(node: Node, peer: Node, ser
 
 def test_a_certificate_is_renewed_when_it_is_due_and_its_key_is_kept(node: Node) -> None:
     old = certificate_of(node)
-    changed = run(node, "-e", "pki_certificate_days=398", "-e", "pki_renew_days=397")
+    left = (old.not_valid_after_utc - datetime.now(UTC)).days
+    changed = run(node, f"--limit={name_of(node)}", "-e", f"pki_renew_days={left + 1}", "-e", f"pki_certificate_days={left + 3}")
     assert set(changed) == {
         "pki : Sign the certificate, if it is new, due, or not as it should be",
         "pki : Install the certificate",
@@ -153,7 +155,7 @@ def test_new_names_are_a_new_certificate_which_a_service_must_load(node: Node, s
     serve(node)
     assert shown() is True
     names = {"pki_names": ["broker.example.org"], "pki_addresses": ["192.0.2.7", "2001:db8::7"]}
-    run(node, "--limit", name_of(node), "-e", json.dumps(names))
+    run(node, f"--limit={name_of(node)}", "-e", json.dumps(names))
     assert names_in(certificate_of(node)) == names_in(old) | {"broker.example.org", "192.0.2.7", "2001:db8::7"}
     assert shown() is False
 
@@ -214,7 +216,7 @@ def test_the_authority_is_replaced_while_hosts_keep_trusting_each_other(node: No
     (folder / "ca.crt").rename(folder / "old.crt")
     for name in ("crt", "key"):
         (folder / f"next.{name}").rename(folder / f"ca.{name}")
-    run(node, "--limit", name_of(node))
+    run(node, f"--limit={name_of(node)}")
     assert certificate_of(node).issuer != first.issuer
     assert certificate_of(peer).issuer == first.issuer
     assert trusts(node, peer)
