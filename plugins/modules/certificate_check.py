@@ -30,6 +30,9 @@ options:
   group:
     description: Group that must be able to read the key. Not checked if unset.
     type: str
+  service:
+    description: Address and port of a service, as C(127.0.0.1:6379), that is asked which certificate it shows.
+    type: str
 author: Celery Platform
 """
 
@@ -42,6 +45,14 @@ days_left:
   description: Whole days until the certificate expires, below zero if it has. Unset if it cannot be told.
   returned: always
   type: int
+older_than_ca:
+  description: Whether the file of the CAs was written after the certificate.
+  returned: always
+  type: bool
+shown:
+  description: Whether the service shows this very certificate. Unset if it does not answer, or I(service) is unset.
+  returned: always
+  type: bool
 content:
   description: The certificate as text, '' if there is none.
   returned: always
@@ -49,6 +60,7 @@ content:
 """
 
 import grp
+import socket
 import ssl
 import subprocess
 import time
@@ -58,6 +70,8 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 DAY = 86400  # seconds
+#: Turns of client and server after which a handshake has ended; TLS 1.2 needs three (RFC 5246, 7.3), TLS 1.3 two.
+ROUNDS = 10
 
 
 def handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str | None) -> dict[str, Any]:
@@ -70,16 +84,18 @@ def handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str | None) 
         client.wrap_bio(to_client, to_server, server_side=False, server_hostname=name),
         server.wrap_bio(to_server, to_client, server_side=True),
     ]
+    # With TLS 1.3 the client is done before the server has judged its certificate: only if both are done, all is well.
     waiting = set(ends)
-    while waiting:
+    for _ in range(ROUNDS):
         for end in ends:
             try:
                 end.do_handshake()
                 waiting.discard(end)
             except ssl.SSLWantReadError:
                 continue
-    # With TLS 1.3 the client is done before the server has judged its certificate: the loop above waits for both.
-    return dict(ends[0].getpeercert() or {})
+        if not waiting:
+            return dict(ends[0].getpeercert() or {})
+    raise ssl.SSLError("the handshake does not end")
 
 
 def reason(error: ssl.SSLError) -> str:
@@ -94,7 +110,8 @@ def days_until(not_after: str) -> int:
 
 def readable_by(group: str, path: Path) -> bool:
     """Tell whether a process that has only this group beyond `nobody` can read a file. Needs root."""
-    return subprocess.run(["/usr/bin/test", "-r", path], user="nobody", group="nogroup", extra_groups=[group]).returncode == 0
+    test = ["/usr/bin/test", "-r", path]
+    return subprocess.run(test, user="nobody", group="nogroup", extra_groups=[group]).returncode == 0  # noqa: S603
 
 
 def check_key(key: Path, group: str | None) -> str:
@@ -151,6 +168,24 @@ def check(certificate: Path, key: Path, ca: Path, names: list[str], group: str |
     return problems, days_left
 
 
+def shows(service: str, certificate: Path, key: Path) -> bool | None:
+    """Tell whether a service shows just this certificate in a handshake; None if nobody answers there."""
+    address, _, port = service.rpartition(":")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    # What is asked is which certificate it has, not whether it is a good one.
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        context.load_cert_chain(certificate, key)
+        with socket.create_connection((address, int(port)), timeout=10) as connection, context.wrap_socket(connection) as session:
+            theirs = session.getpeercert(binary_form=True)
+    except ssl.SSLError:
+        return False
+    except OSError:
+        return None
+    first, end, _ = certificate.read_text().partition("-----END CERTIFICATE-----")
+    return theirs == ssl.PEM_cert_to_DER_cert(first[first.index("-----BEGIN") :] + end)
+
+
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
@@ -160,16 +195,24 @@ def main() -> None:
             "ca": {"type": "path", "required": True},
             "names": {"type": "list", "elements": "str", "default": []},
             "group": {"type": "str"},
+            "service": {"type": "str"},
         },
         supports_check_mode=True,
     )
     certificate, key, ca = (Path(module.params[name]) for name in ("certificate", "key", "ca"))
+    service = module.params["service"]
     try:
         problems, days_left = check(certificate, key, ca, module.params["names"], module.params["group"])
-        content = certificate.read_text() if certificate.is_file() else ""
-    except OSError as error:
+        module.exit_json(
+            changed=False,
+            problems=problems,
+            days_left=days_left,
+            older_than_ca=certificate.is_file() and ca.is_file() and certificate.stat().st_mtime < ca.stat().st_mtime,
+            shown=shows(service, certificate, key) if service and certificate.is_file() else None,
+            content=certificate.read_text() if certificate.is_file() else "",
+        )
+    except (OSError, ValueError) as error:
         module.fail_json(msg=str(error))
-    module.exit_json(changed=False, problems=problems, days_left=days_left, content=content)
 
 
 if __name__ == "__main__":
