@@ -21,8 +21,6 @@ options:
 import os
 import re
 import ssl
-import subprocess
-from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.redis_client import SERVER, Client, RedisError, connect, lines_of, wait_for
@@ -45,19 +43,20 @@ def plain(value: str) -> str:
 class Live:
     """A running server beside the files that say how it should be."""
 
-    def __init__(self, client: Client, arguments: dict[str, Any], check: bool) -> None:
+    def __init__(self, client: Client, module: AnsibleModule) -> None:
         self.client = client
-        self.arguments = arguments
-        self.server = arguments["server"]
-        self.check = check
+        self.arguments = module.params
+        self.server = module.params["server"]
+        self.check = module.check_mode
+        self._run = module.run_command
         self.changed: list[str] = []
         self.restart: list[str] = []
 
     def is_newer(self, path: str) -> bool:
         """Tell whether a file is newer than the start of the service."""
         command = ["systemctl", "show", self.server["service"], "--property=ActiveEnterTimestamp", "--timestamp=us+utc", "--value"]
-        started = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        seconds = subprocess.run(["date", "--utc", "+%s.%N", "--date", started], capture_output=True, text=True, check=True).stdout
+        _, started, _ = self._run(command, check_rc=True)
+        _, seconds, _ = self._run(["date", "--utc", "+%s.%N", "--date", started.strip()], check_rc=True)
         return os.stat(path).st_mtime > float(seconds)
 
     def shows_old_certificate(self) -> bool:
@@ -165,6 +164,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     arguments = module.params
+    service = arguments["server"]["service"]
     try:
         try:
             client = connect(arguments["server"], seconds=0 if module.check_mode else LOAD_TIME)
@@ -172,7 +172,7 @@ def main() -> None:
             if not module.check_mode:
                 raise
             module.exit_json(changed=False, settings=[], restart=[], role="")
-        live = Live(client, arguments, module.check_mode)
+        live = Live(client, module)
         if arguments["sentinel"]:
             live.sentinel()
         else:
@@ -183,9 +183,7 @@ def main() -> None:
         if role == "slave" and not module.check_mode:
             wait_for(f"data from the master, {client.info('replication')['master_host']}", lambda: follows(client), SYNC_TIME)
     except (OSError, RedisError, LookupError) as error:
-        module.fail_json(
-            msg=f"{arguments['server']['service']} on this host does not serve as configured: {error}\nLook at: journalctl -u {arguments['server']['service']}"
-        )
+        module.fail_json(msg=f"{service} on this host does not serve as configured: {error}\nLook at: journalctl -u {service}")
     module.exit_json(changed=bool(live.changed), settings=live.changed, restart=live.restart, role=role)
 
 

@@ -16,7 +16,6 @@ options:
   server: {description: "The server: address, port, service, passwords, tls (files: ca, certificate, key).", type: dict, required: true}
 """
 
-import subprocess
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -50,7 +49,7 @@ def hand_over(client: Client, arguments: dict[str, Any]) -> bool:
 
 
 def client_of(arguments: dict[str, Any]) -> Client:
-    """Return a new connection to this host's server. (A failover closes the earlier ones.)"""
+    """Return a new connection to this host's server; a failover closes the earlier ones."""
     return connect(arguments["server"])
 
 
@@ -99,6 +98,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     arguments = module.params
+    service = arguments["server"]["service"]
     handed_over = False
     try:
         if not module.check_mode:
@@ -110,11 +110,10 @@ def main() -> None:
                 else:
                     handed_over = hand_over(client, arguments)
                     wait_for("the end of the first copy of all data", lambda: _serves(arguments), SYNC_TIME)
-            subprocess.run(["systemctl", "restart", arguments["server"]["service"]], check=True, capture_output=True, text=True)
-            wait_for(f"{arguments['server']['service']} in service", lambda: _serves(arguments), SYNC_TIME)
-    except (OSError, RedisError, subprocess.CalledProcessError) as error:
-        detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
-        module.fail_json(msg=f"{arguments['server']['service']}: {detail}\nLook at: journalctl -u {arguments['server']['service']}")
+            module.run_command(["systemctl", "restart", service], check_rc=True)
+            wait_for(f"{service} in service", lambda: _serves(arguments), SYNC_TIME)
+    except (OSError, RedisError) as error:
+        module.fail_json(msg=f"{service}: {error}\nLook at: journalctl -u {service}")
     module.exit_json(changed=True, handed_over=handed_over)
 
 

@@ -13,12 +13,12 @@ description:
   - It fails, and writes nothing, if some answer and it is still not clear who the master is.
 options:
   path: {description: The file., type: path, required: true}
-  content: {description: What it says, with {address} and {port} for the master's., type: str, required: true}
+  content: {description: "What it says, with {address} and {port} for the master's.", type: str, required: true}
   content_of_master: {description: What it says on the master itself; the same if unset., type: str}
-  itself: {description: This host, as address:port of its Redis., type: str, required: true}
-  first: {description: The host that is the master of a new site, as address:port., type: str, required: true}
-  nodes: {description: All Redis hosts, as address:port., type: list, elements: str, required: true}
-  sentinels: {description: All Sentinels, as address:port., type: list, elements: str, default: []}
+  itself: {description: "This host, as address:port of its Redis.", type: str, required: true}
+  first: {description: "The host that is the master of a new site, as address:port.", type: str, required: true}
+  nodes: {description: "All Redis hosts, as address:port.", type: list, elements: str, required: true}
+  sentinels: {description: "All Sentinels, as address:port.", type: list, elements: str, default: []}
   master_name: {description: Name of the master in Sentinel., type: str, required: true}
   server: {description: "The server: address, port, service, passwords, tls (files: ca, certificate, key).", type: dict, required: true}
 """

@@ -63,8 +63,18 @@ def test_nothing_listens_but_tls_on_the_named_addresses(cluster: Cluster) -> Non
         ("sentinel", SENTINEL, ["PING"], ["SENTINEL MASTERS", "SENTINEL FAILOVER celery", "SENTINEL SET celery quorum 1"]),
         ("exporter", REDIS, ["INFO", "LLEN orders:x"], ["GET orders:x", "SET x 1", "CONFIG GET masterauth", "FLUSHALL"]),
         ("exporter", SENTINEL, ["INFO", "SENTINEL MASTERS"], ["SENTINEL FAILOVER celery", "SENTINEL RESET *"]),
-        ("operator", REDIS, ["INFO", "CLIENT LIST", "GET orders:x"], ["SET x 1", "CONFIG GET masterauth", "ACL LIST", "FLUSHALL", "SHUTDOWN"]),
-        ("operator", SENTINEL, ["SENTINEL MASTERS", "SENTINEL CKQUORUM celery"], ["SENTINEL SET celery quorum 1", "SENTINEL REMOVE celery"]),
+        (
+            "operator",
+            REDIS,
+            ["INFO", "CLIENT LIST", "GET orders:x"],
+            ["SET x 1", "CONFIG GET masterauth", "ACL LIST", "FLUSHALL", "SHUTDOWN"],
+        ),
+        (
+            "operator",
+            SENTINEL,
+            ["SENTINEL MASTERS", "SENTINEL CKQUORUM celery"],
+            ["SENTINEL SET celery quorum 1", "SENTINEL REMOVE celery"],
+        ),
     ],
 )
 def test_each_user_may_do_only_its_work(cluster: Cluster, user: str, port: int, allowed: list[str], refused: list[str]) -> None:
