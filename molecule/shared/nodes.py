@@ -56,18 +56,22 @@ class Node:
 
         Raises AssertionError, with the messages, if a task failed.
         """
-        run = subprocess.run(
-            [Path(sys.executable).with_name("ansible-playbook"), "-i", self.inventory, "site.yml", *arguments],
-            cwd=REPOSITORY,
-            env=os.environ | {"ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json", "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg")},
-            text=True,
-            capture_output=True,
-        )
+        run = self.run_playbook(*arguments, callback="ansible.posix.json")
         assert run.stdout.startswith("{"), run.stdout + run.stderr
         result = json.loads(run.stdout)
         tasks = {(t["task"]["name"], name): outcome for p in result["plays"] for t in p["tasks"] for name, outcome in t["hosts"].items()}
         assert run.returncode == 0, [(task, outcome.get("msg")) for task, outcome in tasks.items() if outcome.get("failed")]
         return {"changed": [task for (task, _), outcome in tasks.items() if outcome.get("changed")], **result["stats"]}
+
+    def run_playbook(self, *arguments: str, callback: str = "ansible.builtin.default") -> subprocess.CompletedProcess[str]:
+        """Run site.yml against the inventory under test, whatever comes of it."""
+        return subprocess.run(
+            [Path(sys.executable).with_name("ansible-playbook"), "-i", self.inventory, "site.yml", *arguments],
+            cwd=REPOSITORY,
+            env=os.environ | {"ANSIBLE_STDOUT_CALLBACK": callback, "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg")},
+            text=True,
+            capture_output=True,
+        )
 
     def redis(self, user: str | None, password: str | None, **options: Any) -> redis.Redis:
         """Return a client that comes from the controller, over the network."""

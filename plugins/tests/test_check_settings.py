@@ -188,6 +188,8 @@ def test_a_group_wins_over_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 SETTINGS: dict[str, Any] = {
     "ansible_connection": "local",
+    "ansible_host": "127.0.0.1",
+    "pki_ca_passphrase": "{{ vault_pki_ca_passphrase }}",
     "ansible_python_interpreter": "{{ ansible_playbook_python }}",
     "redis_bind": ["127.0.0.1"],
     "redis_port": 6379,
@@ -204,7 +206,11 @@ SETTINGS: dict[str, Any] = {
         {"name": "default", "queues": ["default"]},
     ],
 }
-SECRETS = {"vault_redis_requirepass": GOOD_SECRET, "vault_celery_redis_password": GOOD_SECRET[::-1]}
+SECRETS = {
+    "vault_redis_requirepass": GOOD_SECRET,
+    "vault_pki_ca_passphrase": GOOD_SECRET[4:] + GOOD_SECRET[:4],
+    "vault_celery_redis_password": GOOD_SECRET[::-1],
+}
 MAIN, VAULT, HOSTS = (f"inventory/{name}" for name in ("group_vars/all/main.yml", "group_vars/all/vault.yml", "hosts.yml"))
 CRITICAL, DEFAULT = SETTINGS["celery_worker_list"]
 
@@ -245,10 +251,14 @@ def judge(tmp_path: Path) -> Judge:
         redis_hosts: tuple[str, ...] = ("one",),
         worker_hosts: tuple[str, ...] = ("one",),
         beat_hosts: tuple[str, ...] = ("one",),
+        sentinel_hosts: tuple[str, ...] = (),
+        pki_hosts: tuple[str, ...] = ("one", "two", "three"),
         host_vars: dict[str, dict[str, Any]] | None = None,
     ) -> Result:
-        groups = {"redis": redis_hosts, "celery_worker": worker_hosts, "celery_beat": beat_hosts}
-        children = {group: {"hosts": dict.fromkeys(names)} for group, names in groups.items()}
+        groups = {"redis": redis_hosts, "redis_sentinel": sentinel_hosts, "celery_worker": worker_hosts, "celery_beat": beat_hosts}
+        children = {group: {"hosts": dict.fromkeys(names)} for group, names in groups.items() if names}
+        hosts = {host for names in groups.values() for host in names}
+        children["pki"] = {"hosts": dict.fromkeys(host for host in pki_hosts if host in hosts)}
         main = {name: value for name, value in (copy.deepcopy(SETTINGS) | (settings or {})).items() if name not in without}
         vault = {name: value for name, value in (SECRETS | (secrets or {})).items() if value is not None}
         files = {HOSTS: {"all": {"children": children}}, MAIN: main, VAULT: vault}
@@ -378,7 +388,8 @@ def test_many_mistakes_are_told_at_once(judge: Judge) -> None:
         ("celery_worker_list", "queues that celery_app_queues names"),
         ("celery_worker_list", "a concurrency of 1 or more"),
         ("celery_beat_scheduler", "redbeat.RedBeatScheduler on several hosts (one, two)"),
-        ("redis_group", "a group of exactly one host"),
+        ("redis_group", "one host, or several and Sentinels"),
+        ("redis_users", "with several Redis hosts, users for what these do among themselves"),
     ]
     result = judge(
         {
@@ -411,6 +422,55 @@ def test_several_hosts_with_beat_share_a_lock(judge: Judge) -> None:
 
     problem = judge({"celery_beat_max_interval": 60}, worker_hosts=hosts, beat_hosts=hosts).about("celery_beat_max_interval")
     assert problem.allowed == "at most 10 seconds with RedBeat, whose lock runs out 30 seconds after a tick"
+
+
+THREE = ("one", "two", "three")
+REPLICATED = {
+    "redis_users": [
+        *SETTINGS["redis_users"],
+        {"name": "replication", "purpose": "replication", "password": "{{ vault_redis_requirepass }}"},
+        {"name": "sentinel", "purpose": "sentinel", "password": "{{ vault_redis_requirepass }}"},
+    ]
+}
+
+
+def test_three_redis_hosts_with_three_sentinels_pass(judge: Judge) -> None:
+    result = judge(REPLICATED, redis_hosts=THREE, sentinel_hosts=THREE)
+
+    assert result.code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("sentinels", "settings", "variable", "what", "file", "allowed"),
+    [
+        pytest.param(THREE[:1], {}, "redis_sentinel_group", '["one"]', HOSTS, "three hosts", id="one Sentinel"),
+        pytest.param(THREE[:2], {}, "redis_sentinel_group", '["one", "two"]', HOSTS, "another odd number", id="two Sentinels"),
+        pytest.param((*THREE, "four"), {}, "redis_sentinel_group", '"four"', HOSTS, "another odd number", id="four Sentinels"),
+        pytest.param(THREE, {"redis_sentinel_quorum": 4}, "redis_sentinel_quorum", "is 4", MAIN, "from 1 to the number of", id="quorum"),
+        pytest.param(THREE, {"redis_min_replicas_to_write": 3}, "redis_min_replicas_to_write", "is 3", MAIN, "0 to", id="replicas"),
+        pytest.param(THREE, {"redis_sentinel_port": 6379}, "redis_sentinel_port", "is 6379", MAIN, "other than redis_port", id="port"),
+        pytest.param(THREE, {"redis_address": "localhost"}, "redis_address", "localhost is 127", MAIN, "all hosts reach", id="own name"),
+        pytest.param(THREE, {"redis_address": "no.such.host.invalid"}, "redis_address", "is unknown", MAIN, "hosts reach", id="unknown"),
+    ],
+)
+def test_sentinels_that_cannot_decide_stop_the_run(
+    judge: Judge, sentinels: tuple[str, ...], settings: dict[str, Any], variable: str, what: str, file: str, allowed: str
+) -> None:
+    result = judge(REPLICATED | settings, redis_hosts=THREE, sentinel_hosts=sentinels, pki_hosts=(*THREE, "four"))
+
+    assert result.code != 0
+    assert {problem.what.split()[0] for problem in result.problems} == {variable}, result.message
+    problem = result.problems[0]
+    assert what in problem.what
+    assert problem.file == file
+    assert allowed in problem.allowed
+
+
+def test_a_redis_host_without_certificate_stops_the_run(judge: Judge) -> None:
+    result = judge(worker_hosts=("one", "two"), pki_hosts=("two",))
+
+    assert result.code != 0
+    assert "no certificate for one" in result.about("redis_tls").what
 
 
 def test_a_mistake_of_one_host_names_its_file(judge: Judge) -> None:

@@ -127,11 +127,13 @@ def _redis_options(settings: Settings, url: str) -> dict[str, Any]:
 
 
 def sentinel_options(settings: Settings) -> dict[str, Any]:
-    """Return how redis-py connects to Sentinel itself: password, TLS, timeouts."""
+    """Return how redis-py connects to Sentinel itself: user, password, TLS, timeouts."""
     # With options of its own, redis-py derives no timeout for these connections.
     options: dict[str, Any] = {"socket_timeout": CONNECT_TIMEOUT, "socket_connect_timeout": CONNECT_TIMEOUT}
     if settings.sentinel_password:
         options["password"] = settings.sentinel_password.get_secret_value()
+        if settings.sentinel_user:
+            options["username"] = settings.sentinel_user
     if tls := redis_tls(settings, "sentinel"):
         options |= {"ssl": True} | tls
     return options

@@ -88,8 +88,9 @@ class Settings(BaseSettings):
     #: None: results are not kept.
     result_backend: str | None = None
     result_backend_password: SecretStr | None = None
-    #: Name that Sentinel gives the master, and the password of Sentinel itself.
+    #: Name that Sentinel gives the master, and the user (None: `default`) and password of Sentinel itself.
     sentinel_master: str = "mymaster"
+    sentinel_user: str | None = None
     sentinel_password: SecretStr | None = None
     tls_ca_file: ReadableFile | None = None
     tls_cert_file: ReadableFile | None = None

@@ -1,0 +1,204 @@
+"""A master that is lost is replaced while tasks flow, and a run of the playbook respects who is the master now."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+import yaml
+from cluster import REDIS, SENTINEL, Cluster, Stream
+from nodes import REPOSITORY, Node, wait_for
+
+testinfra_hosts = ["ansible://app1"]
+
+USERS = yaml.safe_load((REPOSITORY / "inventories/lab/group_vars/all/main.yml").read_text())["redis_users"]
+SECRETS = {"orders": "vault_celery_redis_password"}
+ONLY_REDIS = "--tags=redis,redis_sentinel"
+
+
+@pytest.fixture(scope="module")
+def failed_over(cluster: Cluster) -> dict[str, Any]:
+    """Kill the master under a stream of tasks; return who it was, who is it now, and what became of the tasks."""
+    cluster.replicas_follow()
+    cluster.forget_refusals()
+    before = cluster.master()
+    stream = Stream(cluster.application)
+    stream.goes_on()
+    cluster.nodes[before].host.check_output("systemctl kill --signal=KILL redis-server")
+    after = wait_for("another master", lambda: (name := cluster.master()) != before and name, seconds=60)
+    stream.goes_on()
+    return {"before": before, "after": after, "report": stream.report()}
+
+
+def test_tasks_flow_on_when_the_master_is_killed(failed_over: dict[str, Any]) -> None:
+    report = failed_over["report"]
+    assert report["sent"] >= 80
+    assert (report["refused"], report["failed"], report["missing"]) == ([], [], [])
+    assert report["longest"] < 30
+
+
+def test_the_old_master_comes_back_as_a_replica(cluster: Cluster, failed_over: dict[str, Any]) -> None:
+    cluster.replicas_follow(2)
+    assert cluster.client(failed_over["before"]).role()[0] == "slave"
+    assert cluster.master() == failed_over["after"]
+
+
+def test_a_failover_needs_no_right_that_a_user_lacks(cluster: Cluster, failed_over: dict[str, Any]) -> None:
+    assert cluster.refusals() == []
+
+
+def test_a_run_after_a_failover_changes_nothing(cluster: Cluster, failed_over: dict[str, Any]) -> None:
+    assert cluster.application.converge()["changed"] == []
+    assert cluster.master() == failed_over["after"]
+    assert cluster.client(failed_over["before"]).role()[0] == "slave"
+
+
+def test_a_check_tells_what_would_change_and_changes_nothing(cluster: Cluster) -> None:
+    pids = {name: node.show("redis-server", "MainPID") for name, node in cluster.nodes.items()}
+    wanted = {"redis_maxmemory": "200mb", "redis_sentinel_down_after": 6000}
+    changed = cluster.application.converge(ONLY_REDIS, "--check", "-e", json.dumps(wanted))["changed"]
+    assert set(changed) == {"redis : Write the settings of Redis", "redis_sentinel : Write the settings and the users of Sentinel"}
+    assert {name: node.show("redis-server", "MainPID") for name, node in cluster.nodes.items()} == pids
+    assert cluster.client("data1").config_get("maxmemory")["maxmemory"] != str(200 * 1024**2)
+
+
+def test_a_host_that_is_down_is_left_out_and_one_that_was_rebuilt_joins_the_master(cluster: Cluster) -> None:
+    cluster.client(cluster.master()).set("test:before", "yes")
+    lost = "data1" if cluster.master() != "data1" else "data2"
+    others = [name for name in cluster.nodes if name != lost]
+    wanted = ["-e", json.dumps({"redis_settings": {"slowlog-max-len": 256}, "redis_sentinel_down_after": 4000})]
+    subprocess.run(["podman", "stop", "--time=5", cluster.containers[lost]], check=True, capture_output=True)
+    try:
+        master = cluster.master()
+        output = cluster.application.run_playbook(ONLY_REDIS, *wanted)
+        assert output.returncode == 4, output.stdout
+        assert f"No answer from {lost}: left as it is. All other hosts are served." in output.stdout
+        for name in others:
+            assert cluster.client(name).config_get("slowlog-max-len")["slowlog-max-len"] == "256"
+        assert cluster.client(others[0], SENTINEL).sentinel_master("celery")["down-after-milliseconds"] == 4000
+    finally:
+        subprocess.run(["podman", "start", cluster.containers[lost]], check=True, capture_output=True)
+    node = cluster.nodes[lost]
+
+    def booted() -> bool:
+        try:
+            return node.host.run("systemctl is-system-running").rc == 0
+        except RuntimeError:
+            return False  # ssh is not there yet
+
+    wait_for("the host", booted, seconds=60)
+
+    # A disk that was replaced: no data, and nothing of what Redis and Sentinel knew.
+    node.host.check_output("systemctl stop redis-sentinel redis-server && find /var/lib/redis -mindepth 1 -delete")
+    assert node.host.run("systemctl start redis-server").rc != 0, "it must not start as an empty master"
+    node.host.check_output("systemctl stop redis-server")
+    cluster.application.converge(ONLY_REDIS, *wanted)
+    cluster.replicas_follow(2)
+    assert cluster.master() == master
+    assert cluster.client(lost).role()[0] == "slave"
+    assert cluster.client(lost).get("test:before") == "yes"
+    assert {cluster.client(name, SENTINEL).sentinel_master("celery")["num-other-sentinels"] for name in cluster.nodes} == {2}
+    assert cluster.application.converge(ONLY_REDIS, *wanted)["changed"] == []
+
+
+def test_passwords_change_and_redis_restarts_while_tasks_flow(cluster: Cluster) -> None:
+    """The settings hold new passwords beside the old ones, and one that Redis takes at its start only."""
+    cluster.replicas_follow()
+    old = cluster.secrets
+    new = {name: value[::-1] for name, value in old.items() if name.startswith(("vault_redis", "vault_celery"))}
+    secret = {user["name"]: SECRETS.get(user["name"], f"vault_redis_{user['name']}_password") for user in USERS}
+    rolled = [user | {"password": new[secret[user["name"]]]} for user in USERS]
+    both = [user | {"previous_password": old[secret[user["name"]]]} for user in rolled]
+    settings = {
+        "redis_requirepass": new["vault_redis_requirepass"],
+        "redis_settings": {"databases": 17},
+        "celery_app_broker_password": new["vault_celery_redis_password"],
+    }
+    before = cluster.master()
+    pids = {name: node.show("redis-server", "MainPID") for name, node in cluster.nodes.items()}
+    sentinels = {name: node.show("redis-sentinel", "MainPID") for name, node in cluster.nodes.items()}
+    stream = Stream(cluster.application)
+    stream.goes_on()
+    try:
+        changing = settings | {"redis_users": both, "redis_previous_requirepass": old["vault_redis_requirepass"]}
+        changed = cluster.application.converge("-e", json.dumps(changing))["changed"]
+        assert "redis : Restart replicas for what cannot be changed while they run" in changed
+        assert "redis : Restart the master for what cannot be changed while it runs" in changed
+        stream.goes_on()
+        report = stream.report()
+        assert report["sent"] >= 80
+        assert (report["refused"], report["failed"], report["missing"]) == ([], [], [])
+        assert report["longest"] < 15
+        assert cluster.master() != before
+        for name, node in cluster.nodes.items():
+            assert node.show("redis-server", "MainPID") != pids[name]
+            assert cluster.client(name).config_get("databases")["databases"] == "17"
+            # Sentinel learns passwords while it runs.
+            assert node.show("redis-sentinel", "MainPID") == sentinels[name]
+        for password in (old["vault_celery_redis_password"], new["vault_celery_redis_password"]):
+            assert all(cluster.client(name, port, "orders", password).ping() for name in cluster.nodes for port in (REDIS, SENTINEL))
+
+        cluster.application.converge("-e", json.dumps(settings | {"redis_users": rolled}))
+        for name in cluster.nodes:
+            for port in (REDIS, SENTINEL):
+                with pytest.raises(redis.AuthenticationError):
+                    cluster.client(name, port, "orders", old["vault_celery_redis_password"]).ping()
+                assert cluster.client(name, port, "orders", new["vault_celery_redis_password"]).ping()
+    finally:
+        # Back: the old ones are now the new ones.
+        returned = [user | {"password": old[name], "previous_password": new[name]} for user in USERS for name in [secret[user["name"]]]]
+        back = {"redis_users": returned, "redis_previous_requirepass": new["vault_redis_requirepass"]}
+        cluster.application.converge("-e", json.dumps(back))
+        cluster.application.converge(ONLY_REDIS)
+    cluster.replicas_follow()
+
+
+def test_a_new_certificate_is_shown_without_a_restart_of_redis(cluster: Cluster) -> None:
+    def shown(name: str, port: int) -> bytes:
+        client = cluster.client(name, port)
+        connection = client.connection_pool.get_connection()
+        return bytes(connection._sock.getpeercert(binary_form=True))
+
+    before = {(name, port): shown(name, port) for name in cluster.nodes for port in (REDIS, SENTINEL)}
+    pids = {name: node.show("redis-server", "MainPID") for name, node in cluster.nodes.items()}
+    cluster.application.converge("--tags=pki,redis,redis_sentinel", "-e", "pki_certificate_days=399", "-e", "pki_renew_days=398")
+    for (name, port), certificate in before.items():
+        assert shown(name, port) != certificate, (name, port)
+    assert {name: node.show("redis-server", "MainPID") for name, node in cluster.nodes.items()} == pids
+
+
+@pytest.fixture
+def data1(cluster: Cluster) -> Iterator[Node]:
+    """Return a data host whose disk for Redis is covered by another, which a test may spoil."""
+    node = cluster.nodes["data1"]
+    node.host.check_output("mount -t tmpfs -o size=20m tmpfs /var/lib/redis")
+    yield node
+    node.host.check_output("umount /var/lib/redis")
+
+
+def test_a_full_or_read_only_disk_stops_the_run(cluster: Cluster, data1: Node) -> None:
+    full = cluster.application.run_playbook()
+    assert full.returncode == 2
+    assert 'has "20 MB free"' in full.stdout
+    assert "none, it is /var/lib/redis of data1" in full.stdout
+    data1.host.check_output("mount -o remount,ro /var/lib/redis")
+    read_only = cluster.application.run_playbook()
+    assert 'has "on a read-only disk"' in read_only.stdout
+    assert "nothing was changed on any host" in read_only.stdout
+
+
+def test_a_name_that_stands_for_the_host_itself_only_stops_the_run(cluster: Cluster) -> None:
+    hosts = "".join(f"{node.address} {name}\\n" for name, node in cluster.nodes.items() if name != "data2")
+    node = cluster.nodes["data2"]
+    node.host.check_output(f"cp /etc/hosts /tmp/hosts && printf '127.0.1.1 data2\\n{hosts}' > /etc/hosts")
+    try:
+        output = cluster.application.run_playbook("-e", json.dumps({"redis_address": "{{ inventory_hostname }}"}))
+        assert output.returncode == 2
+        assert "data2 is 127.0.1.1" in output.stdout
+        assert "nothing was changed on any host" in output.stdout
+    finally:
+        node.host.check_output("cat /tmp/hosts > /etc/hosts")

@@ -1,0 +1,203 @@
+"""The Redis hosts and Sentinels of a site, as the tests of the lab see them from outside."""
+
+from __future__ import annotations
+
+import functools
+import json
+import socket
+import ssl
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import redis
+import testinfra
+from authority import Issued, pem
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from nodes import Node, wait_for
+
+REDIS, SENTINEL = 6379, 26379
+MASTER = "celery"
+
+
+#: Sends tasks as a web application would, until a file appears; prints what became of them.
+STREAM = """
+import json, pathlib, sys, time, traceback
+from celery_platform.worker import app
+
+stop = pathlib.Path(sys.argv[1])
+results, refused, longest, last = [], [], 0.0, time.monotonic()
+while not stop.exists():
+    try:
+        results.append(app.send_task("orders.tasks.send_email", (len(results),)))
+    except Exception:
+        refused.append(traceback.format_exc())
+    else:
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    time.sleep(0.05)
+end = time.monotonic() + 60
+missing = results
+while missing and time.monotonic() < end:
+    missing = [result for result in missing if not result.ready()]
+    time.sleep(0.5)
+failed = [result.id for result in results if result not in missing and not result.successful()]
+report = {"sent": len(results), "refused": refused, "longest": longest, "failed": failed, "missing": [result.id for result in missing]}
+print(json.dumps(report))
+"""
+
+
+class Stream:
+    """Tasks that are sent twenty times a second from the application's host, while something happens."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._stop = f"/var/lib/celery/stop-{time.monotonic_ns()}"  # /tmp is another one for it
+        command = ["ssh", "-i", node.variables["ansible_ssh_private_key_file"], *node.variables["ansible_ssh_common_args"].split()]
+        command += [f"root@{node.address}", "celery-exec", "python", "-", self._stop]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self._process.stdin
+        self._process.stdin.write(STREAM)
+        self._process.stdin.close()
+        self._process.stdin = None
+
+    def goes_on(self) -> None:
+        """Wait until forty more tasks have run."""
+        log = self._node.host.file("/var/log/celery/critical.log")
+        before = log.content_string.count(" email for order ")
+        wait_for("more tasks", lambda: log.content_string.count(" email for order ") >= before + 40, seconds=60, every=1)
+
+    def report(self) -> dict[str, Any]:
+        """End the stream; return how many tasks were sent, and which were refused, failed, or have no result."""
+        self._node.host.check_output("touch %s", self._stop)
+        out, errors = self._process.communicate(timeout=120)
+        assert self._process.returncode == 0, errors
+        return dict(json.loads(out.splitlines()[-1]))
+
+
+class Cluster:
+    """All data hosts of an inventory, and a client of them that has a certificate of the site's CA."""
+
+    def __init__(self, inventory: Path, folder: Path) -> None:
+        self.nodes = {name: self.host(inventory, name) for name in ("data1", "data2", "data3")}
+        self.application = self.host(inventory, "app1")
+        self.secrets = self.application.secrets
+        self.folder = folder
+        self.authority = inventory / "pki" / "ca.crt"
+        self.certificate = self.save("client", self._issue(inventory))
+
+    @staticmethod
+    def host(inventory: Path, name: str) -> Node:
+        """Return a host of the inventory."""
+        return Node(testinfra.get_host(f"ansible://{name}", ansible_inventory=str(inventory)), inventory)
+
+    def save(self, name: str, issued: Issued) -> tuple[Path, Path]:
+        """Write a certificate and its key; return their files."""
+        files = self.folder / f"{name}.crt", self.folder / f"{name}.key"
+        for file, content in zip(files, issued, strict=True):
+            file.write_bytes(content)
+        return files
+
+    def _issue(self, inventory: Path) -> Issued:
+        """Sign a client's certificate, as an operator would for a host that this project does not manage."""
+        authority = x509.load_pem_x509_certificate(self.authority.read_bytes())
+        passphrase = self.secrets["vault_pki_ca_passphrase"].encode()
+        signer = serialization.load_pem_private_key((inventory / "pki" / "ca.key").read_bytes(), passphrase)
+        assert isinstance(signer, ec.EllipticCurvePrivateKey)
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tests")])
+        builder = x509.CertificateBuilder(authority.subject, name, key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(authority.not_valid_before_utc).not_valid_after(authority.not_valid_after_utc)
+        return Issued(builder.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM), pem(key))
+
+    def client(self, name: str, port: int = REDIS, user: str = "default", password: str | None = None) -> redis.Redis:
+        """Return a client of a host's Redis or Sentinel, over TLS with a certificate; it checks the host's name."""
+        return redis.Redis(
+            self.nodes[name].address,
+            port,
+            username=user,
+            password=password or self.secrets["vault_redis_requirepass"],
+            ssl=True,
+            ssl_ca_certs=str(self.authority),
+            ssl_certfile=str(self.certificate[0]),
+            ssl_keyfile=str(self.certificate[1]),
+            ssl_check_hostname=True,
+            socket_timeout=5,
+            decode_responses=True,
+        )
+
+    def say(self, name: str, port: int, *lines: str, tls: bool = True, certificate: tuple[Path, Path] | None = None) -> list[str]:
+        """Return what a server answers to lines, as they stand on the wire; '' where it hangs up."""
+        connection: socket.socket = socket.create_connection((self.nodes[name].address, port), timeout=5)
+        try:
+            if tls:
+                context = ssl.create_default_context(cafile=str(self.authority))
+                if certificate:
+                    context.load_cert_chain(*certificate)
+                connection = context.wrap_socket(connection, server_hostname=self.nodes[name].address)
+            connection.sendall("".join(f"{line}\r\n" for line in lines).encode())
+            replies = connection.makefile()
+            return [replies.readline().rstrip() for _ in lines]
+        except (ssl.SSLError, ConnectionError):
+            return [""] * len(lines)
+        finally:
+            connection.close()
+
+    def master(self) -> str:
+        """Return the host that all Sentinels that answer call the master, once they agree and it says so itself."""
+        names = {node.address: name for name, node in self.nodes.items()}
+
+        def agreed() -> str:
+            said = set()
+            for name in self.nodes:
+                try:
+                    said.add(self.client(name, SENTINEL).execute_command("SENTINEL GET-MASTER-ADDR-BY-NAME", MASTER)[0])
+                except redis.ConnectionError:
+                    continue
+            name = names[said.pop()] if len(said) == 1 else ""
+            try:
+                return name if name and self.client(name).role()[0] == "master" else ""
+            except redis.ConnectionError:
+                return ""
+
+        return str(wait_for("Sentinels that agree on a master", agreed, seconds=60))
+
+    def replicas_follow(self, count: int = 2) -> None:
+        """Wait until the master has so many replicas that are in touch."""
+        wait_for(
+            f"{count} replicas",
+            lambda: [r["state"] for r in self._replicas()] == ["online"] * count,
+            seconds=90,
+        )
+
+    def _replicas(self) -> list[dict[str, Any]]:
+        try:
+            state = self.client(self.master()).info("replication")
+        except redis.ConnectionError:
+            return []
+        return [value for name, value in state.items() if name.startswith("slave") and isinstance(value, dict)]
+
+    def refusals(self) -> list[tuple[str, int, dict[str, Any]]]:
+        """Return what the ACL logs of all servers hold."""
+        return [
+            (name, port, entry)
+            for name in self.nodes
+            for port in (REDIS, SENTINEL)
+            for entry in self.client(name, port).execute_command("ACL LOG")
+        ]
+
+    def forget_refusals(self) -> None:
+        """Empty the ACL logs of all servers."""
+        for name in self.nodes:
+            for port in (REDIS, SENTINEL):
+                self.client(name, port).execute_command("ACL LOG RESET")
+
+    @functools.cached_property
+    def containers(self) -> dict[str, str]:
+        """Return the container of each host."""
+        listed = subprocess.run(["podman", "ps", "--all", "--format", "json"], check=True, capture_output=True, text=True).stdout
+        inventory = str(self.application.inventory)
+        found = [c["Names"][0] for c in json.loads(listed) if (c["Labels"] or {}).get("celery-lab") == inventory]
+        return {name.rsplit("-", 1)[1]: name for name in found}
