@@ -82,7 +82,8 @@ class Cluster:
 
     def __init__(self, inventory: Path, folder: Path) -> None:
         self.nodes = {name: self.host(inventory, name) for name in ("data1", "data2", "data3")}
-        self.application = self.host(inventory, "app1")
+        self.workers = [self.host(inventory, name) for name in ("app1", "app2")]
+        self.application = self.workers[0]
         self.secrets = self.application.secrets
         self.folder = folder
         self.authority = inventory / "pki" / "ca.crt"
