@@ -52,13 +52,13 @@ class Node:
         out = self.host.check_output("systemctl show %s --property=%s", unit, ",".join(properties))
         return dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
 
-    def converge(self, *arguments: str) -> dict[str, Any]:
-        """Run site.yml against the inventory under test; return Ansible's own counts for this host, and its tasks.
+    def converge(self, *arguments: str, playbook: str = "site.yml") -> dict[str, Any]:
+        """Run a playbook against the inventory under test; return Ansible's own counts for this host, and its tasks.
 
         Raises AssertionError, with the messages, if a task failed.
         """
         run = subprocess.run(
-            [Path(sys.executable).with_name("ansible-playbook"), "-i", self.inventory, "site.yml", *arguments],
+            [Path(sys.executable).with_name("ansible-playbook"), "-i", self.inventory, playbook, *arguments],
             cwd=REPOSITORY,
             env=os.environ | {"ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json", "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg")},
             text=True,

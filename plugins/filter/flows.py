@@ -71,7 +71,9 @@ class Inventory:
         for name in variables.get("firewall_addresses") or [variables.get("ansible_host") or host]:
             for found in [network(name)] if network(name) else addresses(name):
                 if found.is_loopback:
-                    raise FlowError(f"{host} has the address {found.network_address}, which other hosts do not see; set its firewall_addresses")
+                    raise FlowError(
+                        f"{host} has the address {found.network_address}, which other hosts do not see; set its firewall_addresses"
+                    )
                 yield found
 
     def sources(self, names: Sequence[str], known: Sequence[str]) -> Iterator[Network]:
@@ -94,12 +96,18 @@ def judged(flow: Any) -> dict[str, Any]:
         raise FlowError(f"the name {name!r} must have 1 to 60 letters, digits, blanks and ._:/-")
     if not str(port).isdecimal() or not 1 <= int(port) <= 65535:
         raise FlowError(f"{name}: the port {port!r} must be a number from 1 to 65535")
-    if flow.get("protocol", "tcp") not in PROTOCOLS:
+    if (flow.get("protocol") or "tcp") not in PROTOCOLS:
         raise FlowError(f"{name}: the protocol {flow['protocol']!r} must be {' or '.join(PROTOCOLS)}")
     for key in ("from", "to"):
-        if isinstance(flow.get(key, []), str):
+        if not isinstance(flow.get(key) or [], list):
             raise FlowError(f"{name}: {key} must be a list")
-    return {"protocol": "tcp", "to": ["all"], **flow, "name": str(name), "port": int(port)}
+    return {
+        "name": str(name),
+        "port": int(port),
+        "protocol": flow.get("protocol") or "tcp",
+        "from": [str(item) for item in flow["from"] or []],
+        "to": [str(item) for item in flow.get("to") or ["all"]],
+    }
 
 
 def resolved_flows(
