@@ -82,15 +82,17 @@ def listed(table: str, content: str) -> str:
     return run("unshare", "--net", "sh", "-c", script, "sh", *table.split(), text=content)
 
 
-def rollback_is_set() -> bool:
-    """Tell whether the timer still runs."""
-    return subprocess.run(["systemctl", "is-active", "--quiet", f"{ROLLBACK}.timer"]).returncode == 0  # noqa: S603, S607
+def stop_timer() -> bool:
+    """Stop the timer; tell whether it still ran."""
+    ran = subprocess.run(["systemctl", "is-active", "--quiet", f"{ROLLBACK}.timer"]).returncode == 0  # noqa: S603, S607
+    if ran:
+        run("systemctl", "stop", f"{ROLLBACK}.timer")
+    return ran
 
 
 def roll_back() -> None:
     """Bring the former rules back now, if the timer still runs."""
-    if rollback_is_set():
-        run("systemctl", "stop", f"{ROLLBACK}.timer")
+    if stop_timer():
         run("nft", "-f", str(FORMER))
 
 
@@ -113,8 +115,7 @@ def try_rules(table: str, content: str, seconds: int) -> None:
 
 def keep_rules(table: str, content: str, path: Path) -> None:
     """Stop the timer and write the file for the next boot; raise FirewallError if the rules are gone already."""
-    if rollback_is_set():
-        run("systemctl", "stop", f"{ROLLBACK}.timer")
+    stop_timer()
     if live(table) != listed(table, content):
         raise FirewallError("The new rules were taken back before they could be kept: the former ones hold.")
     path.parent.mkdir(mode=0o755, exist_ok=True)
@@ -145,10 +146,12 @@ def main() -> None:
     try:
         if state == "absent":
             present = installed and live(table) != ""
-            if present and not module.check_mode:
-                run("nft", "-f", "-", text=emptied(table))
-            if saved and not module.check_mode:
-                path.unlink()
+            if not module.check_mode:
+                stop_timer()
+                if present:
+                    run("nft", "-f", "-", text=emptied(table))
+                for file in (path, FORMER):
+                    file.unlink(missing_ok=True)
             module.exit_json(changed=present or saved != "", diff={"before": saved, "after": ""})
         if not installed and module.check_mode:
             module.exit_json(changed=True, diff={"before": "", "after": content})
