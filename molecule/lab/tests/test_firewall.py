@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import testinfra
-from nodes import Node, wait_for
+from nodes import REPOSITORY, Node, wait_for
 
 TABLE = "nft --stateless list table inet celery_platform"
 #: A service that nobody declared listens here, on every host.
@@ -107,6 +109,17 @@ def knock(address: str, port: int | str, seconds: float = 4) -> bool:
     return True
 
 
+def abandon(lab: Lab, name: str, rollback_seconds: int) -> None:
+    """Load rules that shut ssh out, and kill Ansible before it can do anything about it."""
+    settings = {"firewall_extra_rules": ["tcp dport 22 drop"], "firewall_rollback_seconds": rollback_seconds}
+    command = ["ansible-playbook", "-i", lab.inventory, "playbooks/firewall.yml", "--limit", name, "-e", json.dumps(settings)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, start_new_session=True) as run:
+        try:
+            wait_for("the end of ssh", lambda: not knock(lab.nodes[name].address, 22, seconds=2), seconds=90, every=0.1)
+        finally:
+            os.killpg(run.pid, signal.SIGKILL)
+
+
 def test_a_scan_of_all_hosts_from_each_other_finds_only_the_declared_ports(lab: Lab) -> None:
     targets = lab.listening_all()
     assert {port for _, port in targets.values()} >= {
@@ -164,6 +177,14 @@ def test_rules_that_shut_ssh_out_are_taken_back_and_the_run_fails(lab: Lab, app:
     assert lab.converge(app) == []
 
 
+def test_the_host_takes_rules_back_by_itself_when_ansible_is_killed(lab: Lab, app: str) -> None:
+    before = lab.nodes[app].host.check_output(TABLE)
+    abandon(lab, app, rollback_seconds=30)
+    wait_for("ssh", lambda: knock(lab.nodes[app].address, 22), seconds=90)
+    assert lab.nodes[app].host.check_output(TABLE) == before
+    assert lab.converge(app) == []
+
+
 def test_a_table_of_others_survives_and_changes_by_hand_do_not(lab: Lab, app: str) -> None:
     host = lab.nodes[app].host
     before = host.check_output(TABLE)
@@ -215,9 +236,10 @@ def test_settings_that_cannot_work_are_refused_before_a_host_is_touched(lab: Lab
     assert lab.nodes[app].host.check_output(TABLE) == before
 
 
-def test_after_a_reboot_the_rules_are_there_before_any_service(lab: Lab, app: str) -> None:
+def test_after_a_reboot_the_kept_rules_are_there_before_any_service(lab: Lab, app: str) -> None:
     node = lab.nodes[app]
     before, booted = node.host.check_output(TABLE), node.host.check_output("stat -c %Y /proc/1")
+    abandon(lab, app, rollback_seconds=600)
     subprocess.run(["podman", "restart", lab.container(app)], check=True, capture_output=True)
     wait_for("ssh", lambda: knock(node.address, 22), seconds=90)
     wait_for("the end of booting", lambda: node.host.run("systemctl is-system-running").stdout.strip() in {"running", "degraded"}, 90)
