@@ -51,22 +51,24 @@ class Node:
         out = self.host.check_output("systemctl show %s --property=%s", unit, ",".join(properties))
         return dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
 
-    def converge(self, *arguments: str) -> dict[str, Any]:
-        """Run site.yml against the inventory under test; return Ansible's own counts for this host, and its tasks.
+    def converge(self, *arguments: str, playbook: str = "site.yml") -> dict[str, Any]:
+        """Run a playbook against the inventory under test; return Ansible's own counts for this host, and its tasks.
 
         Raises AssertionError, with the messages, if a task failed.
         """
-        run = self.run_playbook(*arguments, callback="ansible.posix.json")
+        run = self.run_playbook(*arguments, playbook=playbook, callback="ansible.posix.json")
         assert run.stdout.startswith("{"), run.stdout + run.stderr
         result = json.loads(run.stdout)
         tasks = {(t["task"]["name"], name): outcome for p in result["plays"] for t in p["tasks"] for name, outcome in t["hosts"].items()}
         assert run.returncode == 0, [(task, outcome.get("msg")) for task, outcome in tasks.items() if outcome.get("failed")]
         return {"changed": [task for (task, _), outcome in tasks.items() if outcome.get("changed")], **result["stats"]}
 
-    def run_playbook(self, *arguments: str, callback: str = "ansible.builtin.default") -> subprocess.CompletedProcess[str]:
-        """Run site.yml against the inventory under test, whatever comes of it."""
+    def run_playbook(
+        self, *arguments: str, playbook: str = "site.yml", callback: str = "ansible.builtin.default"
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a playbook against the inventory under test, whatever comes of it."""
         return subprocess.run(
-            [Path(sys.executable).with_name("ansible-playbook"), "-i", self.inventory, "site.yml", *arguments],
+            [Path(sys.executable).with_name("ansible-playbook"), "-i", self.inventory, playbook, *arguments],
             cwd=REPOSITORY,
             env=os.environ | {"ANSIBLE_STDOUT_CALLBACK": callback, "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg")},
             text=True,
