@@ -51,7 +51,8 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         # kombu looks for unacknowledged messages every 100 s, and a killed worker's lock holds it off for
         # 300 s: a lost worker's tasks would wait that long beyond the visibility timeout.
         sweep = {"unacked_restore_interval": 2, "unacked_restore_throttle": 1, "unacked_mutex_expire": 15}
-        config["broker_transport_options"] = _redis_options(settings, settings.broker_url) | sweep
+        confirm = {"confirm_replicas": settings.confirm_replicas, "confirm_timeout": settings.confirm_timeout}
+        config["broker_transport_options"] = _redis_options(settings, settings.broker_url) | sweep | confirm
         if settings.broker_url.startswith(("rediss", "sentinel")) and settings.tls_ca_file:
             config["broker_use_ssl"] = _redis_tls(settings)
     if settings.uses_rabbitmq:
