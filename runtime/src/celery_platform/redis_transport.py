@@ -136,14 +136,23 @@ class Message(virtual.Message):
 
 
 class QoS(base.QoS):
-    """kombu's, which does not write again what the claim has written."""
+    """What a channel has delivered and not yet settled."""
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        """Note a message as unacknowledged."""
+        """Note a message as unacknowledged; not in Redis where the claim has done so."""
         if message._raw is self.channel._claimed:
             virtual.QoS.append(self, message, delivery_tag)
         else:
             super().append(message, delivery_tag)  # type: ignore[no-untyped-call]
+
+    def ack(self, delivery_tag: str) -> None:
+        """Forget a message. kombu uses a transaction for it, which Redis refuses while its memory is full.
+
+        The hash comes first: an entry of the index alone is removed by the next look for unacknowledged messages.
+        """
+        with self.channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+            pipe.hdel(self.unacked_key, delivery_tag).zrem(self.unacked_index_key, delivery_tag).execute()
+        virtual.QoS.ack(self, delivery_tag)
 
 
 class _Channel:
