@@ -39,7 +39,9 @@ from celery_platform.settings import PREFIX, BadSettings, Settings
 PROVEN = ("5.7.0",)
 #: Seconds until an idle worker looks for messages that came without a wake-up.
 IDLE_WAIT = 0.1
-#: Seconds between two tries of a publish that Redis refuses for a while; kombu itself would try again at once.
+#: Seconds that the wake-up for a reply is kept, if nobody waits for it.
+WAKE_UP_EXPIRES = 60
+#: Seconds until the next try of a claim or a publish that Redis refuses for a while.
 REFUSED_WAIT = 0.5
 #: A content type that nobody accepts: such a message becomes a dead letter.
 UNREADABLE = "application/octet-stream"
@@ -108,8 +110,8 @@ class Unconfirmed(OperationalError):
 
 
 def _passes(error: Exception) -> bool:
-    """Tell whether Redis refuses writes for a while only: no replica, no memory, no disk, or just demoted."""
-    return isinstance(error, (exceptions.ReadOnlyError, exceptions.OutOfMemoryError)) or str(error).startswith(("NOREPLICAS", "MISCONF"))
+    """Tell whether Redis refuses writes for a while only: for want of replicas, memory or disk."""
+    return isinstance(error, exceptions.OutOfMemoryError) or str(error).startswith(("NOREPLICAS", "MISCONF"))
 
 
 def _unreadable(text: bytes, tag: str, queue: str) -> dict[str, Any]:
@@ -146,13 +148,37 @@ class QoS(base.QoS):
             super().append(message, delivery_tag)  # type: ignore[no-untyped-call]
 
     def ack(self, delivery_tag: str) -> None:
-        """Forget a message. kombu uses a transaction for it, which Redis refuses while its memory is full.
-
-        The hash comes first: an entry of the index alone is removed by the next look for unacknowledged messages.
-        """
-        with self.channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
-            pipe.hdel(self.unacked_key, delivery_tag).zrem(self.unacked_index_key, delivery_tag).execute()
+        """Forget a message; while Redis takes no writes, do so later, where kombu ends the worker."""
+        self._forget(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
+
+    def restore_visible(self, *arguments: Any, **options: Any) -> None:
+        """Redeliver what was not acknowledged in time. It is called every few seconds, also where nothing happens."""
+        try:
+            self._forget()
+            super().restore_visible(*arguments, **options)  # type: ignore[no-untyped-call]
+        except exceptions.ResponseError as error:
+            if not _passes(error):
+                raise
+
+    def _forget(self, *tags: str) -> None:
+        """Delete records, with those that could not be deleted before.
+
+        kombu uses a transaction, which Redis refuses while its memory is full. Without one, the hash comes first: an entry
+        of the index alone is removed by the next look for unacknowledged messages.
+        """
+        tags += tuple(self.channel._refused_acks)
+        if not tags:
+            return
+        with self.channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+            replies = pipe.hdel(self.unacked_key, *tags).zrem(self.unacked_index_key, *tags).execute(raise_on_error=False)
+        for error in replies:
+            if isinstance(error, exceptions.ResponseError):
+                if not _passes(error):
+                    raise error
+                self.channel._refused_acks.update(tags)
+                return
+        self.channel._refused_acks.difference_update(tags)
 
 
 class _Channel:
@@ -166,14 +192,15 @@ class _Channel:
     confirm_replicas = 0
     confirm_timeout = 5.0
 
-    #: Whether the command under way is a wait, not a claim.
-    _waiting = False
+    #: The command to send next, or being answered, if it is not a claim.
+    _wait: list[Any] | None = None
     #: The payload that is being delivered, already recorded as unacknowledged.
     _claimed: Any = None
     _restored_at = 0.0
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._no_ack: set[str] = set()
+        self._refused_acks: set[str] = set()
         super().__init__(*arguments, **options)
 
     # --- Consuming ---
@@ -190,10 +217,7 @@ class _Channel:
             return
         connection = self._in_poll = self.client.connection
         self._brpop_sent_at = time.monotonic()
-        if self._waiting:
-            command = ["BZPOPMIN", *(self.global_keyprefix + _wake_key(queue) for queue in queues), IDLE_WAIT]
-        else:
-            command = self._claim(queues)
+        command = self._wait or self._claim(queues)
         # Without redis-py's own health check, which may reconnect where the event loop does not see it. A connection
         # that is half open is found by kombu's check of an overdue reply.
         connection.send_command(*command, check_health=False)
@@ -206,11 +230,12 @@ class _Channel:
 
     def _brpop_read(self: Any, **_: Any) -> bool:
         """Read the reply to a claim or a wait, where kombu reads that to its BRPOP."""
-        waited, self._waiting = self._waiting, False
+        waited, self._wait = self._wait, None
         try:
             reply = self._reply(self.client.connection)
             if waited or not reply:
-                self._waiting = not waited and reply is None
+                if not waited and reply is None:
+                    self._wait = ["BZPOPMIN", *(self.global_keyprefix + _wake_key(queue) for queue in self.active_queues), IDLE_WAIT]
                 self._restore_without_event_loop()
                 raise Empty
             key, item, tag = reply
@@ -229,7 +254,7 @@ class _Channel:
             self._flush_brpop_reauth()
 
     def _reply(self: Any, connection: Any) -> Any:
-        """Return what Redis answers: None if there is nothing, False if it had to be given the script first."""
+        """Return what Redis answers: None if there is nothing, False if the same has to be asked again."""
         try:
             return connection.read_response()
         except exceptions.NoScriptError:
@@ -241,10 +266,11 @@ class _Channel:
             connection.disconnect()
             raise
         except exceptions.ResponseError as error:
-            if _passes(error):
-                # A worker connects again after this; any other error ends it.
-                raise exceptions.ConnectionError(str(error)) from error
-            raise
+            if not _passes(error):
+                raise
+            # kombu would end the worker. This waits on any server, for more replicas than there are.
+            self._wait = ["WAIT", 2**31 - 1, round(REFUSED_WAIT * 1000)]
+            return False
 
     def _restore_without_event_loop(self: Any) -> None:
         """Look for messages to redeliver. kombu does so when nothing answers in time, and here something always does."""
@@ -272,12 +298,16 @@ class _Channel:
         collect = SimpleNamespace(add=lambda *command: commands.append(command))
         super()._put(queue, message, _publish_batch=collect)  # type: ignore[misc]
         commands.append(("zadd", _wake_key(queue), {"": 0}))
+        transient = message["properties"].get("delivery_mode") == TRANSIENT_DELIVERY_MODE
+        if transient:
+            # A reply's queue may be gone at any time, its wake-up must go, too.
+            commands.append(("expire", _wake_key(queue), WAKE_UP_EXPIRES))
         if batch is not None:
             for command in commands:
                 batch.add(*command)
             return
         _, key, text = commands[0]
-        confirmed = self.confirm_replicas and message["properties"].get("delivery_mode") != TRANSIENT_DELIVERY_MODE
+        confirmed = self.confirm_replicas and not transient
         if confirmed:
             commands.append(("wait", self.confirm_replicas, round(self.confirm_timeout * 1000)))
         with self.conn_or_acquire() as client:
@@ -302,12 +332,6 @@ class _Channel:
         except exceptions.ResponseError as error:
             _refuse(error)
 
-    def _delete(self: Any, queue: str, *arguments: Any, **options: Any) -> None:
-        """Delete a queue, with its wake-up."""
-        super()._delete(queue, *arguments, **options)  # type: ignore[misc]
-        with self.conn_or_acquire(client=options.get("client")) as client:
-            client.delete(_wake_key(queue))
-
 
 def _wake_key(queue: str) -> str:
     """Return the sorted set whose one member wakes a worker; as a set, it does not grow while nobody waits."""
@@ -316,6 +340,7 @@ def _wake_key(queue: str) -> str:
 
 def _refuse(error: exceptions.ResponseError) -> NoReturn:
     if _passes(error):
+        # kombu would try again at once.
         time.sleep(REFUSED_WAIT)
         raise Unconfirmed(str(error)) from error
     raise error
