@@ -46,7 +46,7 @@ class Servers:
             self._write(port, lines)
         self._start(port)
         if replica_of:
-            wait_for("a replica", lambda: self.client(port).info("replication")["master_link_status"] == "up")
+            wait_for("a replica", lambda: self._confirms(replica_of))
         return port
 
     def sentinel(self, master: int, down_after: int = 1000) -> int:
@@ -63,7 +63,9 @@ class Servers:
     def client(self, port: int) -> redis.Redis:
         """Return a client for a server or a Sentinel."""
         options: dict[str, Any] = {"ssl": True, "ssl_ca_certs": str(self.ca)} if self.tls else {}
-        return redis.Redis(port=port, password=PASSWORD if self.tls and port not in self._sentinels() else None, **options)
+        return redis.Redis(
+            host="127.0.0.1", port=port, password=PASSWORD if self.tls and port not in self._sentinels() else None, **options
+        )
 
     def kill(self, port: int) -> None:
         """Kill a server at once."""
@@ -90,6 +92,11 @@ class Servers:
             command = ["redis-server", str(self.folder / f"{port}.conf"), *arguments]
             self.running[port] = subprocess.Popen(command, stdout=log, stderr=log)
         wait_for(f"a server on port {port}", lambda: self._answers(port))
+
+    def _confirms(self, master: int) -> bool:
+        client = self.client(master)
+        client.set("something", 1, px=1)
+        return bool(client.wait(1, 1000))
 
     def _answers(self, port: int) -> bool:
         try:

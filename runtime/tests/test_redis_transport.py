@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ import yaml
 from kombu.exceptions import OperationalError
 from kombu.transport import TRANSPORT_ALIASES
 from redis.auth.token import SimpleToken
-from sentinels import PASSWORD, Servers
+from sentinels import MASTER, PASSWORD, Servers
 from sites import Site, free_port, wait_for
 
 import celery_platform
@@ -399,7 +400,7 @@ def test_remote_control_answers_and_leaves_nothing(shop: Site, server: redis.Red
     app = shop.producer()
     with shop.worker():
         assert app.control.inspect(timeout=10, limit=1).ping()
-        shop.run("celery", "-A", "celery_platform.worker:app", "inspect", "active", "--timeout=10")
+        shop.run("celery", "-A", "celery_platform.worker:app", "inspect", "active", f"--destination=celery@{socket.gethostname()}")
         assert not server.hlen("shop:unacked")
     for key in server.scan_iter("*.reply.celery.pidbox"):
         assert key.startswith(b"shop:wake-up:")
@@ -564,8 +565,12 @@ def test_a_killed_master_loses_no_confirmed_task(shop: Site, tmp_path: Path, cap
         master = servers.redis()
         replica = servers.redis(replica_of=master)
         sentinels = [servers.sentinel(master) for _ in range(3)]
-        wait_for("the Sentinels", lambda: servers.client(sentinels[0]).sentinel_ckquorum("mymaster"))
-        wait_for("the replica", lambda: servers.client(sentinels[0]).sentinel_slaves("mymaster"))
+        for port in sentinels:
+            known = servers.client(port)
+            wait_for(
+                "all known",
+                lambda known=known: [known.sentinel_master(MASTER)[f"num-{of}"] for of in ("other-sentinels", "slaves")] == [2, 1],
+            )
         shop.set(
             broker_url=";".join(f"sentinel://default@127.0.0.1:{port}/0" for port in sentinels),
             tls_ca_file=str(servers.ca),
@@ -593,4 +598,11 @@ def test_a_killed_master_loses_no_confirmed_task(shop: Site, tmp_path: Path, cap
             servers.redis(port=master)
             publisher.join(60)
             assert len(sent) == 600
-            wait_for("all tasks", lambda: set(ran(shop)) >= set(sent), seconds=40)
+            try:
+                wait_for("all tasks", lambda: set(ran(shop)) >= set(sent), seconds=40)
+            except AssertionError:
+                c = servers.client(replica)
+                print("MISSING", len(set(sent) - set(ran(shop))), c.info("replication"), [(k, c.type(k)) for k in c.keys("*")], c.llen("shop:default"), c.hlen("shop:unacked"), c.zrange("shop:unacked_index",0,-1,withscores=True)[:3], time.time(), c.ttl("shop:unacked_mutex"))
+                print([(x["cmd"], x["age"], x["idle"], x["user"], x["name"]) for x in c.client_list()])
+                print(shop.log()[-6000:])
+                raise

@@ -17,10 +17,12 @@ from __future__ import annotations
 import hashlib
 import time
 from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from queue import Empty
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 from celery import Celery
 from kombu import transport as transports
@@ -301,7 +303,7 @@ class _Channel:
         transient = message["properties"].get("delivery_mode") == TRANSIENT_DELIVERY_MODE
         if transient:
             # A reply's queue may be gone at any time, its wake-up must go, too.
-            commands.append(("expire", _wake_key(queue), WAKE_UP_EXPIRES))
+            commands.append(("pexpire", _wake_key(queue), WAKE_UP_EXPIRES * 1000))
         if batch is not None:
             for command in commands:
                 batch.add(*command)
@@ -310,27 +312,28 @@ class _Channel:
         confirmed = self.confirm_replicas and not transient
         if confirmed:
             commands.append(("wait", self.confirm_replicas, round(self.confirm_timeout * 1000)))
-        with self.conn_or_acquire() as client:
+        with self.conn_or_acquire() as client, _refusals_told():
             # Within a transaction, WAIT does not wait.
             with client.pipeline(transaction=False) as pipe:
                 for name, *arguments in commands:
                     getattr(pipe, name)(*arguments)
                 pushed, *_, replicas = pipe.execute(raise_on_error=False)
-            if isinstance(pushed, exceptions.ResponseError):
-                _refuse(pushed)
-            if not confirmed:
-                return
-            if isinstance(replicas, exceptions.ResponseError):
-                raise replicas
-            if replicas < self.confirm_replicas and self._withdraw(client, key, text):
+            for error in (pushed, replicas) if confirmed else (pushed,):
+                if isinstance(error, exceptions.ResponseError):
+                    raise error
+            if confirmed and replicas < self.confirm_replicas and client.lrem(self.global_keyprefix + key, 1, text):
                 told = f"{replicas} of {self.confirm_replicas} replicas confirmed it within {self.confirm_timeout} s"
                 raise Unconfirmed(f"Message for {queue} withdrawn: {told}")
 
-    def _withdraw(self: Any, client: Any, key: str, text: str) -> bool:
-        try:
-            return bool(client.lrem(self.global_keyprefix + key, 1, text))
-        except exceptions.ResponseError as error:
-            _refuse(error)
+    def _queue_bind(self: Any, *arguments: Any) -> None:
+        """Bind a queue, which a producer does before its first message."""
+        with _refusals_told():
+            super()._queue_bind(*arguments)  # type: ignore[misc]
+
+    def _size(self: Any, queue: str) -> int:
+        """Return the length of a queue, for which a producer asks before its first message."""
+        with _refusals_told():
+            return int(super()._size(queue))  # type: ignore[misc]
 
 
 def _wake_key(queue: str) -> str:
@@ -338,12 +341,17 @@ def _wake_key(queue: str) -> str:
     return f"wake-up:{queue}"
 
 
-def _refuse(error: exceptions.ResponseError) -> NoReturn:
-    if _passes(error):
+@contextmanager
+def _refusals_told() -> Iterator[None]:
+    """Raise the errors that Celery's callers know."""
+    try:
+        yield
+    except exceptions.ResponseError as error:
+        if not _passes(error):
+            raise OperationalError(str(error)) from error
         # kombu would try again at once.
         time.sleep(REFUSED_WAIT)
         raise Unconfirmed(str(error)) from error
-    raise error
 
 
 OPTIONS = ("confirm_replicas", "confirm_timeout")
@@ -362,7 +370,9 @@ class SentinelChannel(_Channel, base.SentinelChannel):  # type: ignore[misc]
 
 
 class _Transport:
-    #: kombu tries again to publish after these, as the retry policy says, without a new connection.
+    #: After these, kombu tries again to publish as often as its policy says, with a new connection or without. A transport
+    #: that does not name them is given up at the second error in a row, as in a failover that takes its time.
+    recoverable_connection_errors = base.Transport.connection_errors
     recoverable_channel_errors = (Unconfirmed,)
 
     def establish_connection(self: Any) -> Any:
