@@ -18,7 +18,7 @@ import hashlib
 import time
 from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from queue import Empty
 from types import SimpleNamespace
@@ -150,8 +150,12 @@ class QoS(base.QoS):
             super().append(message, delivery_tag)  # type: ignore[no-untyped-call]
 
     def ack(self, delivery_tag: str) -> None:
-        """Forget a message; while Redis takes no writes, do so later, where kombu ends the worker."""
-        self._forget(delivery_tag)
+        """Forget a message; while Redis takes no writes, do so later, where kombu ends the worker.
+
+        A task may outlast its connection. kombu ends the worker then, too; the message is delivered again in any case.
+        """
+        if not self.channel.closed:
+            self._forget(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
 
     def restore_visible(self, *arguments: Any, **options: Any) -> None:
@@ -280,6 +284,13 @@ class _Channel:
         if cycle._in_protected_read and now - self._restored_at >= self.unacked_restore_interval:
             self._restored_at = now
             cycle.maybe_restore_messages()
+
+    def close(self: Any) -> None:
+        """Close. In kombu's own, a reply that was under way and is lost leaves the channel half closed, which ends the worker later."""
+        if self._in_poll:
+            with suppress(Empty, *self.connection_errors):
+                self._brpop_read()
+        super().close()  # type: ignore[misc]
 
     # --- Publishing ---
 
