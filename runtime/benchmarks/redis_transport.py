@@ -206,8 +206,8 @@ def main() -> None:
 def compare(bench: Bench) -> None:
     """Print throughput, latency and idle load of both transports."""
     runs = {transport: [] for transport in TRANSPORTS}
-    for _ in range(PAIRS):
-        for transport in TRANSPORTS:
+    for pair in range(PAIRS):
+        for transport in TRANSPORTS if pair % 2 else reversed(TRANSPORTS):
             runs[transport].append(throughput(bench, transport))
     rows = [(transport, *map(statistics.median, zip(*runs[transport], strict=True))) for transport in TRANSPORTS]
     ratio: Callable[[int], float] = lambda column: statistics.median(  # noqa: E731
