@@ -299,6 +299,12 @@ class _Channel:
         """Whether kombu may send many messages at once; not if each is to be confirmed."""
         return not self.confirm_replicas and bool(super().supports_batch_publish)  # type: ignore[misc]
 
+    def basic_publish(self: Any, *arguments: Any, **options: Any) -> Any:
+        """Publish. When kombu had to connect again to declare the queue, it goes on with the channel that it had before."""
+        if self.closed:
+            raise exceptions.ConnectionError("The channel is closed.")
+        return super().basic_publish(*arguments, **options)  # type: ignore[misc]
+
     def _put(self: Any, queue: str, message: dict[str, Any], **options: Any) -> None:
         """Put a message on its list, wake a worker, and wait for the replicas, in one round trip.
 
