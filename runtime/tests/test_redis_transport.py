@@ -427,6 +427,28 @@ def test_a_half_open_connection_is_dropped(servers: Servers, caplog: pytest.LogC
         assert taker.take(1) == ["task"]
 
 
+def test_a_lost_connection_does_not_keep_its_channel_from_closing(servers: Servers) -> None:
+    port = servers.redis()
+    with connect(f"redis://127.0.0.1:{port}") as connection:
+        taker = Taker(connection)
+        taker.look(0.5)
+        connection.transport.cycle.on_poll_start()
+        assert taker.channel._in_poll
+        servers.kill(port)
+        taker.channel.close()
+        assert taker.channel.closed
+
+
+def test_a_task_may_outlast_its_connection(redis_url: str, server: redis.Redis) -> None:
+    with connect(redis_url) as connection:
+        send(connection, "task")
+        taker = Taker(connection, ack=False)
+        taker.take(1)
+        taker.channel.close()
+        taker.messages[0].ack()
+        assert server.llen("work") == 1
+
+
 def test_new_credentials_reach_the_waiting_connection(redis_url: str, server: redis.Redis) -> None:
     with connect(redis_url, client_name="taker") as connection:
         taker = Taker(connection)

@@ -150,12 +150,8 @@ class QoS(base.QoS):
             super().append(message, delivery_tag)  # type: ignore[no-untyped-call]
 
     def ack(self, delivery_tag: str) -> None:
-        """Forget a message; while Redis takes no writes, do so later, where kombu ends the worker.
-
-        A task may outlast its connection. kombu ends the worker then, too; the message is delivered again in any case.
-        """
-        if not self.channel.closed:
-            self._forget(delivery_tag)
+        """Forget a message; while Redis takes no writes, do so later, where kombu ends the worker."""
+        self._forget(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
 
     def restore_visible(self, *arguments: Any, **options: Any) -> None:
