@@ -57,7 +57,8 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         # kombu looks for unacknowledged messages every 100 s, and a killed worker's lock holds it off for
         # 300 s: a lost worker's tasks would wait that long beyond the visibility timeout.
         sweep = {"unacked_restore_interval": 2, "unacked_restore_throttle": 1, "unacked_mutex_expire": 15}
-        config["broker_transport_options"] = _redis_options(settings, settings.broker_url) | sweep
+        confirm = {"confirm_replicas": settings.confirm_replicas, "confirm_timeout": settings.confirm_timeout}
+        config["broker_transport_options"] = _redis_options(settings, settings.broker_url) | sweep | confirm
         if tls := redis_tls(settings, settings.broker_url):
             config["broker_use_ssl"] = tls
     if settings.uses_rabbitmq:

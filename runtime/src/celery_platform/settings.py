@@ -102,6 +102,11 @@ class Settings(BaseSettings):
     pool_limit: Count = 10
     #: Tries to publish a task, with up to a second between them; must outlast a failover of the broker.
     publish_max_retries: Annotated[int, Field(ge=0)] = 60
+    #: `atomic` loses no message of a killed worker; `kombu` is kombu's own, for versions that ours is not proven with.
+    redis_transport: Literal["atomic", "kombu"] = "atomic"
+    #: With `atomic`: replicas that must have a message before its publish returns, and seconds that they have for it.
+    confirm_replicas: Annotated[int, Field(ge=0)] = 0
+    confirm_timeout: Annotated[int, Field(gt=0, le=20)] = 5
 
     # --- Queues ---
     default_queue: str = "default"
@@ -204,6 +209,10 @@ class Settings(BaseSettings):
         if self.uses_redis_broker and not limits["time_limit"] < limits["visibility_timeout"]:
             allowed = f"more than {PREFIX}TIME_LIMIT, {self.time_limit}, or Redis hands out tasks that still run"
             wrong.append(f"{PREFIX}VISIBILITY_TIMEOUT is {self.visibility_timeout}; allowed: {allowed}")
+        if self.confirm_replicas and not (self.uses_redis_broker and self.redis_transport == "atomic"):
+            wrong.append(
+                f"{PREFIX}CONFIRM_REPLICAS is {self.confirm_replicas}; allowed: 0, unless {PREFIX}REDIS_TRANSPORT is atomic on Redis"
+            )
         if self.retry_backoff > self.retry_backoff_max:
             allowed = f"at most {PREFIX}RETRY_BACKOFF_MAX, {self.retry_backoff_max}"
             wrong.append(f"{PREFIX}RETRY_BACKOFF is {self.retry_backoff}; allowed: {allowed}")

@@ -10,7 +10,18 @@ import sys
 from celery import Celery
 from celery.app.utils import find_app
 
-from celery_platform import alerts, configuration, dead_letters, guards, limits, logs, resilience, serialization, systemd
+from celery_platform import (
+    alerts,
+    configuration,
+    dead_letters,
+    guards,
+    limits,
+    logs,
+    redis_transport,
+    resilience,
+    serialization,
+    systemd,
+)
 from celery_platform.settings import BadSettings, load_settings
 
 #: EX_CONFIG of sysexits.h: the units do not restart a service that ends with it.
@@ -26,7 +37,7 @@ def load() -> Celery:
     settings = load_settings()
     app: Celery = find_app(settings.application)
     configuration.apply(app, settings)
-    for part in (guards, limits, serialization, logs, systemd, resilience, dead_letters, alerts):
+    for part in (guards, redis_transport, limits, serialization, logs, systemd, resilience, dead_letters, alerts):
         part.install(app, settings)
     return app
 

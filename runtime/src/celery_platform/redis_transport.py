@@ -1,0 +1,438 @@
+"""kombu's Redis transport without its loss window, and with publishes that replicas confirm.
+
+kombu takes a message off its list first and records it as unacknowledged afterwards; a worker killed in between loses
+it. Here a script on the server does both at once. Lists, records, acknowledgements and redelivery are kombu's, so
+workers and producers on kombu's own transport can share the broker. Measurements: benchmarks/redis_transport.py.
+
+A script cannot block. When it finds nothing, the worker waits for a wake-up that producers on this transport send with
+each message, and looks again after IDLE_WAIT at the latest: for messages of other producers, restored ones, and those
+whose wake-up another worker took.
+
+Left as it is: `basic_get`, which Celery's workers do not use, still takes and records in two steps. A message claimed
+by a reply that was lost with its connection returns after the visibility timeout, as those of a killed worker do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from queue import Empty
+from types import SimpleNamespace
+from typing import Any
+
+from celery import Celery
+from kombu import transport as transports
+from kombu.entity import TRANSIENT_DELIVERY_MODE
+from kombu.exceptions import OperationalError
+from kombu.transport import redis as base
+from kombu.transport import virtual
+from kombu.utils.encoding import bytes_to_str, str_to_bytes
+from kombu.utils.json import dumps, loads
+from redis import exceptions
+
+from celery_platform.dead_letters import OF_FORM
+from celery_platform.settings import PREFIX, BadSettings, Settings
+
+#: Versions of kombu whose internals this is proven with. A new one: run its tests and benchmark, then add it.
+PROVEN = ("5.7.0",)
+#: Seconds until an idle worker looks for messages that came without a wake-up.
+IDLE_WAIT = 0.1
+#: Seconds that the wake-up for a reply is kept, if nobody waits for it.
+WAKE_UP_EXPIRES = 60
+#: Seconds until the next try of a claim or a publish that Redis refuses for a while.
+REFUSED_WAIT = 0.5
+#: A content type that nobody accepts: such a message becomes a dead letter.
+UNREADABLE = "application/octet-stream"
+
+#: KEYS: kombu's lists in the order they are looked at, then its index and its hash of unacknowledged messages.
+#: ARGV: the time, then for each list its queue, or nothing if its messages need no acknowledgement.
+#: Returns list, message and delivery tag. It writes what kombu's QoS.append does, in the same form.
+#: The list comes first because Redis, when its memory is full, lets a script go on that began with a pop.
+#: A message that kombu cannot take is claimed as the body of one that it can, of the type UNREADABLE.
+CLAIM = """
+local function base64(text)
+  local digits, out = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/', {}
+  for i = 1, #text, 3 do
+    local a, b, c = text:byte(i, i + 2)
+    local bits = a * 65536 + (b or 0) * 256 + (c or 0)
+    for shift = 18, 0, -6 do
+      local digit = bit.band(bit.rshift(bits, shift), 63) + 1
+      out[#out + 1] = digits:sub(digit, digit)
+    end
+    if not c then out[#out] = '=' end
+    if not b then out[#out - 1] = '=' end
+  end
+  return table.concat(out)
+end
+
+local function address(item)
+  local is_json, message = pcall(cjson.decode, item)
+  local properties = is_json and type(message) == 'table' and message['properties']
+  local delivery = type(properties) == 'table' and properties['delivery_info']
+  if type(delivery) == 'table' and type(properties['delivery_tag']) == 'string'
+      and delivery['exchange'] ~= nil and delivery['routing_key'] ~= nil then
+    return properties['delivery_tag'], delivery['exchange'], delivery['routing_key']
+  end
+end
+
+for i = 1, #KEYS - 2 do
+  local item, queue = redis.call('RPOP', KEYS[i]), ARGV[i + 1]
+  if item and queue == '' then return {KEYS[i], item, ''} end
+  if item then
+    local message, tag, exchange, routing_key = item, address(item)
+    if not tag then
+      tag, exchange, routing_key = redis.sha1hex(ARGV[1] .. item), '', queue
+      message = cjson.encode({
+        body = base64(item), headers = {}, ['content-type'] = 'UNREADABLE', ['content-encoding'] = 'binary',
+        properties = {body_encoding = 'base64', delivery_tag = tag, delivery_info = {exchange = '', routing_key = queue}}
+      })
+    end
+    local record = '[' .. message .. ',' .. cjson.encode(exchange) .. ',' .. cjson.encode(routing_key) .. ']'
+    local replies = {redis.pcall('ZADD', KEYS[#KEYS - 1], ARGV[1], tag), redis.pcall('HSET', KEYS[#KEYS], tag, record)}
+    for _, reply in ipairs(replies) do
+      if type(reply) == 'table' and reply.err then
+        redis.call('RPUSH', KEYS[i], item)
+        return reply
+      end
+    end
+    return {KEYS[i], message, tag}
+  end
+end
+return false
+""".replace("UNREADABLE", UNREADABLE)
+CLAIM_SHA = hashlib.sha1(CLAIM.encode(), usedforsecurity=False).hexdigest()
+
+
+class Unconfirmed(OperationalError):
+    """A publish that Redis refused for now, or that too few replicas confirmed in time. It is safe to publish again."""
+
+
+def _passes(error: Exception) -> bool:
+    """Tell whether Redis refuses writes for a while only: for want of replicas, memory or disk."""
+    return isinstance(error, exceptions.OutOfMemoryError) or str(error).startswith(("NOREPLICAS", "MISCONF"))
+
+
+def _unreadable(text: bytes, tag: str, queue: str) -> dict[str, Any]:
+    """Return what CLAIM makes of a message that kombu cannot take, for one that only Python finds to be so."""
+    return {
+        "body": b64encode(text).decode(),
+        "headers": {},
+        "content-type": UNREADABLE,
+        "content-encoding": "binary",
+        "properties": {"body_encoding": "base64", "delivery_tag": tag, "delivery_info": {"exchange": "", "routing_key": queue}},
+    }
+
+
+class Message(virtual.Message):
+    """A message; one of an unexpected form is its own body. With kombu's own, it would end the worker, and each next one."""
+
+    def __init__(self, payload: Any, channel: Any = None, **options: Any) -> None:
+        try:
+            super().__init__(payload, channel=channel, **options)  # type: ignore[no-untyped-call]
+        except OF_FORM:
+            properties = payload["properties"]
+            unreadable = _unreadable(str_to_bytes(dumps(payload)), properties["delivery_tag"], properties["delivery_info"]["routing_key"])
+            super().__init__(unreadable, channel=channel, **options)  # type: ignore[no-untyped-call]
+
+
+class QoS(base.QoS):
+    """What a channel has delivered and not yet settled."""
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """Note a message as unacknowledged; not in Redis where the claim has done so."""
+        if message._raw is self.channel._claimed:
+            virtual.QoS.append(self, message, delivery_tag)
+        else:
+            super().append(message, delivery_tag)  # type: ignore[no-untyped-call]
+
+    def ack(self, delivery_tag: str) -> None:
+        """Forget a message; while Redis takes no writes, do so later, where kombu ends the worker."""
+        self._forget(delivery_tag)
+        virtual.QoS.ack(self, delivery_tag)
+
+    def restore_visible(self, *arguments: Any, **options: Any) -> None:
+        """Redeliver what was not acknowledged in time. It is called every few seconds, also where nothing happens."""
+        try:
+            self._forget()
+            super().restore_visible(*arguments, **options)  # type: ignore[no-untyped-call]
+        except exceptions.ResponseError as error:
+            if not _passes(error):
+                raise
+
+    def _forget(self, *tags: str) -> None:
+        """Delete records, with those that could not be deleted before.
+
+        kombu uses a transaction, which Redis refuses while its memory is full. Without one, the hash comes first: an entry
+        of the index alone is removed by the next look for unacknowledged messages.
+        """
+        tags += tuple(self.channel._refused_acks)
+        if not tags:
+            return
+        with self.channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+            replies = pipe.hdel(self.unacked_key, *tags).zrem(self.unacked_index_key, *tags).execute(raise_on_error=False)
+        for error in replies:
+            if isinstance(error, exceptions.ResponseError):
+                if not _passes(error):
+                    raise error
+                self.channel._refused_acks.update(tags)
+                return
+        self.channel._refused_acks.difference_update(tags)
+
+
+class _Channel:
+    """What is ours, for a channel with Sentinel or without."""
+
+    Message = Message
+    QoS = QoS
+
+    #: How many replicas must have a message before its publish returns, and how many seconds they have.
+    #: Transient messages (delivery_mode 1), as the replies of remote control are, need no confirmation.
+    confirm_replicas = 0
+    confirm_timeout = 5.0
+
+    #: The command to send next, or being answered, if it is not a claim.
+    _wait: list[Any] | None = None
+    #: The payload that is being delivered, already recorded as unacknowledged.
+    _claimed: Any = None
+    _restored_at = 0.0
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._no_ack: set[str] = set()
+        self._refused_acks: set[str] = set()
+        super().__init__(*arguments, **options)
+
+    # --- Consuming ---
+
+    def basic_consume(self: Any, queue: str, no_ack: bool = False, *arguments: Any, **options: Any) -> Any:
+        """Consume from a queue; remember whether its messages are acknowledged, or records of others would be left for ever."""
+        (self._no_ack.add if no_ack else self._no_ack.discard)(queue)
+        return super().basic_consume(queue, no_ack, *arguments, **options)  # type: ignore[misc]
+
+    def _brpop_start(self: Any, timeout: Any = None) -> None:
+        """Send a claim or a wait, where kombu sends its BRPOP."""
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        if not queues:
+            return
+        connection = self._in_poll = self.client.connection
+        self._brpop_sent_at = time.monotonic()
+        command = self._wait or self._claim(queues)
+        # Without redis-py's own health check, which may reconnect where the event loop does not see it. A connection
+        # that is half open is found by kombu's check of an overdue reply.
+        connection.send_command(*command, check_health=False)
+
+    def _claim(self: Any, queues: list[str]) -> list[Any]:
+        lists = [(self._q_for_pri(queue, step), queue) for step in self.priority_steps for queue in queues]
+        keys = [self.global_keyprefix + key for key in (*(key for key, _ in lists), self.unacked_index_key, self.unacked_key)]
+        recorded = ["" if queue in self._no_ack or not self.ack_emulation else queue for _, queue in lists]
+        return ["EVALSHA", CLAIM_SHA, len(keys), *keys, time.time(), *recorded]
+
+    def _brpop_read(self: Any, **_: Any) -> bool:
+        """Read the reply to a claim or a wait, where kombu reads that to its BRPOP."""
+        waited, self._wait = self._wait, None
+        try:
+            reply = self._reply(self.client.connection)
+            if waited or not reply:
+                if not waited and reply is None:
+                    self._wait = ["BZPOPMIN", *(self.global_keyprefix + _wake_key(queue) for queue in self.active_queues), IDLE_WAIT]
+                self._restore_without_event_loop()
+                raise Empty
+            key, item, tag = reply
+            queue = bytes_to_str(key)[len(self.global_keyprefix) :].rsplit(self.sep, 1)[0]
+            self._queue_cycle.rotate(queue)
+            try:
+                payload = self._claimed = loads(bytes_to_str(item))
+            except Exception:
+                # What the script reads, Python may not: a value of a type that it does not know, say.
+                payload = _unreadable(item, bytes_to_str(tag), queue)
+            self.connection._deliver(payload, queue)
+            return True
+        finally:
+            self._in_poll = self._claimed = None
+            # As kombu does: only while no command is under way can new credentials be sent.
+            self._flush_brpop_reauth()
+
+    def _reply(self: Any, connection: Any) -> Any:
+        """Return what Redis answers: None if there is nothing, False if the same has to be asked again."""
+        try:
+            return connection.read_response()
+        except exceptions.NoScriptError:
+            # A server that has restarted, or a replica that was promoted.
+            connection.send_command("SCRIPT LOAD", CLAIM, check_health=False)
+            connection.read_response()
+            return False
+        except self.connection_errors:
+            connection.disconnect()
+            raise
+        except exceptions.ResponseError as error:
+            if not _passes(error):
+                raise
+            # kombu would end the worker. This waits on any server, for more replicas than there are.
+            self._wait = ["WAIT", 2**31 - 1, round(REFUSED_WAIT * 1000)]
+            return False
+
+    def _restore_without_event_loop(self: Any) -> None:
+        """Look for messages to redeliver. kombu does so when nothing answers in time, and here something always does."""
+        cycle, now = self.connection.cycle, time.monotonic()
+        if cycle._in_protected_read and now - self._restored_at >= self.unacked_restore_interval:
+            self._restored_at = now
+            cycle.maybe_restore_messages()
+
+    def close(self: Any) -> None:
+        """Close. In kombu's own, a reply that was under way and is lost leaves the channel half closed, which ends the worker later."""
+        if self._in_poll:
+            with suppress(Empty, *self.connection_errors):
+                self._brpop_read()
+        super().close()  # type: ignore[misc]
+
+    # --- Publishing ---
+
+    @property
+    def supports_batch_publish(self) -> bool:
+        """Whether kombu may send many messages at once; not if each is to be confirmed."""
+        return not self.confirm_replicas and bool(super().supports_batch_publish)  # type: ignore[misc]
+
+    def basic_publish(self: Any, *arguments: Any, **options: Any) -> Any:
+        """Publish. When kombu had to connect again to declare the queue, it goes on with the channel that it had before."""
+        if self.closed:
+            raise exceptions.ConnectionError("The channel is closed.")
+        return super().basic_publish(*arguments, **options)  # type: ignore[misc]
+
+    def _put(self: Any, queue: str, message: dict[str, Any], **options: Any) -> None:
+        """Put a message on its list, wake a worker, and wait for the replicas, in one round trip.
+
+        Raises:
+            Unconfirmed: if Redis refuses it for now, or too few replicas confirmed it. The message is withdrawn then,
+                lest it be there twice after the next try; one that a worker has already taken counts as published.
+        """
+        batch = options.get("_publish_batch")
+        commands: list[Any] = []
+        collect = SimpleNamespace(add=lambda *command: commands.append(command))
+        super()._put(queue, message, _publish_batch=collect)  # type: ignore[misc]
+        commands.append(("zadd", _wake_key(queue), {"": 0}))
+        transient = message["properties"].get("delivery_mode") == TRANSIENT_DELIVERY_MODE
+        if transient:
+            # A reply's queue may be gone at any time, its wake-up must go, too.
+            commands.append(("pexpire", _wake_key(queue), WAKE_UP_EXPIRES * 1000))
+        if batch is not None:
+            for command in commands:
+                batch.add(*command)
+            return
+        _, key, text = commands[0]
+        confirmed = self.confirm_replicas and not transient
+        if confirmed:
+            commands.append(("wait", self.confirm_replicas, round(self.confirm_timeout * 1000)))
+        with self.conn_or_acquire() as client, _refusals_told():
+            # Within a transaction, WAIT does not wait.
+            with client.pipeline(transaction=False) as pipe:
+                for name, *arguments in commands:
+                    getattr(pipe, name)(*arguments)
+                pushed, *_, replicas = pipe.execute(raise_on_error=False)
+            for error in (pushed, replicas) if confirmed else (pushed,):
+                if isinstance(error, exceptions.ResponseError):
+                    raise error
+            if confirmed and replicas < self.confirm_replicas and client.lrem(self.global_keyprefix + key, 1, text):
+                told = f"{replicas} of {self.confirm_replicas} replicas confirmed it within {self.confirm_timeout} s"
+                raise Unconfirmed(f"Message for {queue} withdrawn: {told}")
+
+    def _queue_bind(self: Any, *arguments: Any) -> None:
+        """Bind a queue, which a producer does before its first message."""
+        with _refusals_told():
+            super()._queue_bind(*arguments)  # type: ignore[misc]
+
+    def _size(self: Any, queue: str) -> int:
+        """Return the length of a queue, for which a producer asks before its first message."""
+        with _refusals_told():
+            return int(super()._size(queue))  # type: ignore[misc]
+
+
+def _wake_key(queue: str) -> str:
+    """Return the sorted set whose one member wakes a worker; as a set, it does not grow while nobody waits."""
+    return f"wake-up:{queue}"
+
+
+@contextmanager
+def _refusals_told() -> Iterator[None]:
+    """Raise the errors that Celery's callers know."""
+    try:
+        yield
+    except exceptions.ResponseError as error:
+        if not _passes(error):
+            raise OperationalError(str(error)) from error
+        # kombu would try again at once.
+        time.sleep(REFUSED_WAIT)
+        raise Unconfirmed(str(error)) from error
+
+
+OPTIONS = ("confirm_replicas", "confirm_timeout")
+
+
+class Channel(_Channel, base.Channel):  # type: ignore[misc]
+    """A channel to one Redis."""
+
+    from_transport_options = base.Channel.from_transport_options + OPTIONS  # type: ignore[assignment]
+
+
+class SentinelChannel(_Channel, base.SentinelChannel):  # type: ignore[misc]
+    """A channel to the master that Sentinel names."""
+
+    from_transport_options = base.SentinelChannel.from_transport_options + OPTIONS  # type: ignore[assignment]
+
+
+class _Transport:
+    #: After these, kombu tries again to publish as often as its policy says, with a new connection or without. A transport
+    #: that does not name them is given up at the second error in a row, as in a failover that takes its time.
+    recoverable_connection_errors = base.Transport.connection_errors
+    recoverable_channel_errors = (Unconfirmed,)
+
+    def establish_connection(self: Any) -> Any:
+        """Connect.
+
+        Raises:
+            RuntimeError: if it is a Redis Cluster, where a script cannot use the keys of several queues.
+        """
+        connection = super().establish_connection()  # type: ignore[misc]
+        if self._avail_channels[-1].client.info("cluster")["cluster_enabled"]:
+            raise RuntimeError("The broker is a Redis Cluster, which kombu cannot use; allowed: one Redis, or Sentinel")
+        return connection
+
+    @property
+    def supports_batch_publish(self: Any) -> bool:
+        """See the channel's."""
+        return not self.client.transport_options.get("confirm_replicas") and bool(super().supports_batch_publish)  # type: ignore[misc]
+
+
+class Transport(_Transport, base.Transport):
+    """For redis:// and rediss://."""
+
+    Channel = Channel
+
+
+class SentinelTransport(_Transport, base.SentinelTransport):
+    """For sentinel://."""
+
+    Channel = SentinelChannel
+
+
+ALIASES = {"redis": Transport, "rediss": Transport, "sentinel": SentinelTransport}
+
+
+def install(app: Celery, settings: Settings) -> None:
+    """Let the URLs of Redis and Sentinel mean this transport, in this process.
+
+    Not by `broker_transport`: on a failover to the next of several URLs, kombu goes by their scheme again.
+
+    Raises:
+        BadSettings: if kombu's version is not one that this is proven with.
+    """
+    if not settings.uses_redis_broker or settings.redis_transport == "kombu":
+        return
+    if (found := version("kombu")) not in PROVEN:
+        told = f"it is proven with kombu {', '.join(PROVEN)}, and this is {found}"
+        raise BadSettings(f"{PREFIX}REDIS_TRANSPORT is atomic; allowed: kombu, since {told}")
+    for scheme, transport in ALIASES.items():
+        transports.TRANSPORT_ALIASES[scheme] = f"{__name__}:{transport.__name__}"
+        transports._transport_cache.pop(scheme, None)
