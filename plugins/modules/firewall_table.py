@@ -44,9 +44,9 @@ from pathlib import Path
 from ansible.module_utils.basic import AnsibleModule
 
 #: The way back: a timer and a service of systemd, of this name.
-ROLLBACK = "celery-firewall-rollback"
+ROLLBACK = "nftables-celery-rollback"
 #: What the service loads. Gone after a reboot, as the timer is: then the kept rules were loaded.
-FORMER = Path("/run/celery-firewall.nft")
+FORMER = Path("/run/nftables-celery.nft")
 
 
 class FirewallError(Exception):

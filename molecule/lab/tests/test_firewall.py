@@ -173,7 +173,7 @@ def test_rules_that_shut_ssh_out_are_taken_back_and_the_run_fails(lab: Lab, app:
         lab.converge(app, **shut)
 
     assert (node.host.check_output(TABLE), node.host.file("/etc/nftables.d/celery_platform.nft").content_string) == before
-    assert node.host.run("systemctl list-units --all --plain --no-legend 'celery-firewall-rollback*'").stdout == ""
+    assert node.host.run("systemctl list-units --all --plain --no-legend 'nftables-celery-rollback*'").stdout == ""
     assert lab.converge(app) == []
 
 
@@ -212,14 +212,14 @@ def test_absent_opens_the_host_and_leaves_nothing(lab: Lab, app: str) -> None:
     try:
         lab.converge(app, firewall_state="absent")
         assert "celery_platform" not in node.host.check_output("nft list tables")
-        assert node.show("celery-firewall", "LoadState", "ActiveState") == {"LoadState": "not-found", "ActiveState": "inactive"}
-        left = node.host.check_output("find /etc /run -name '*celery-firewall*' -o -name 'celery_platform.nft*'")
+        assert node.show("nftables-celery", "LoadState", "ActiveState") == {"LoadState": "not-found", "ActiveState": "inactive"}
+        left = node.host.check_output("find /etc /run -name '*nftables-celery*' -o -name 'celery_platform.nft*'")
         assert left == ""
         assert lab.converge(app, firewall_state="absent") == []
         assert knock(node.address, UNDECLARED)
     finally:
         lab.converge(app)
-    assert node.host.check_output("systemctl is-enabled celery-firewall") == "enabled"
+    assert node.host.check_output("systemctl is-enabled nftables-celery") == "enabled"
 
 
 def test_settings_that_cannot_work_are_refused_before_a_host_is_touched(lab: Lab, app: str) -> None:
@@ -249,7 +249,7 @@ def test_after_a_reboot_the_kept_rules_are_there_before_any_service(lab: Lab, ap
     stamps = [
         node.show(unit, stamp)[stamp]
         for unit, stamp in (
-            ("celery-firewall", "ActiveEnterTimestampMonotonic"),
+            ("nftables-celery", "ActiveEnterTimestampMonotonic"),
             ("network-pre.target", "ActiveEnterTimestampMonotonic"),
             ("ssh", "ExecMainStartTimestampMonotonic"),
         )
