@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import redis
 import testinfra.host
 import yaml
+from waiting import wait_for as wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = 30, every: float = 0.2) -> Any:
-    """Return the first true value of a condition; raise AssertionError, naming it, if none comes in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(every)
-    raise AssertionError(f"not within {seconds} s: {what}")
 
 
 class Node:
@@ -40,12 +30,21 @@ class Node:
 
     def python(self, script: str, *arguments: str) -> str:
         """Run a Python script as root; it comes by standard input, so that its secrets are in no command line."""
-        command = [
-            *("ssh", "-i", self.variables["ansible_ssh_private_key_file"]),
-            *self.variables["ansible_ssh_common_args"].split(),
-            *(f"root@{self.address}", "python3", "-", *arguments),
-        ]
-        return subprocess.run(command, input=script, text=True, check=True, capture_output=True).stdout
+        return subprocess.run(self.ssh("python3", "-", *arguments), input=script, text=True, check=True, capture_output=True).stdout
+
+    def ssh(self, *command: str) -> list[str]:
+        """Return the command that runs a command on the host, as root."""
+        key, options = self.variables["ansible_ssh_private_key_file"], self.variables["ansible_ssh_common_args"].split()
+        return ["ssh", "-i", key, *options, f"root@{self.address}", shlex.join(command)]
+
+    def celery_python(self, script: str) -> str:
+        """Run a Python script as the application's services run; it has the application as `app`. Return what it prints."""
+        script = f"from celery_platform.worker import app\n{script}"
+        return self.host.run_expect([0], "celery-exec python -c %s", script).stdout.strip()
+
+    def write(self, path: str, text: str) -> None:
+        """Write a file that all may read, and the folders above it."""
+        self.host.check_output("install -D -m 0644 /dev/null %s && printf %%s %s > %s", path, text, path)
 
     def show(self, unit: str, *properties: str) -> dict[str, str]:
         """Return properties of a unit as systemd prints them."""

@@ -387,13 +387,14 @@ def test_many_mistakes_are_told_at_once(judge: Judge) -> None:
         ("celery_app_queues", "queues that a worker of some host consumes"),
         ("celery_worker_list", "queues that celery_app_queues names"),
         ("celery_worker_list", "a concurrency of 1 or more"),
-        ("celery_beat_group", "a group of exactly one host"),
+        ("celery_beat_scheduler", "redbeat.RedBeatScheduler on several hosts (one, two)"),
         ("redis_group", "one host, or several and Sentinels"),
         ("redis_users", "with several Redis hosts, users for what these do among themselves"),
     ]
     result = judge(
         {
             "redis_bindd": [],
+            "celery_beat_scheduler": "django_celery_beat.schedulers:DatabaseScheduler",
             "redis_port": 0,
             "celery_app_source": "/no/such/folder",
             "celery_app_soft_time_limit": 1000,
@@ -415,13 +416,12 @@ def test_many_mistakes_are_told_at_once(judge: Judge) -> None:
         assert any(problem.what.startswith(f"{variable} ") and allowed in problem.allowed for problem in result.problems), variable
 
 
-def test_two_hosts_with_beat_stop_the_run(judge: Judge) -> None:
-    result = judge(worker_hosts=("one", "two"), beat_hosts=("one", "two"))
+def test_several_hosts_with_beat_share_a_lock(judge: Judge) -> None:
+    hosts = ("one", "two")
+    assert judge(worker_hosts=hosts, beat_hosts=hosts).problems == []
 
-    assert result.code != 0
-    assert "1 setting is wrong; nothing was changed on any host." in result.message
-    assert "a group of exactly one host" in result.about("celery_beat_group").allowed
-    assert result.about("celery_beat_group").file == HOSTS
+    problem = judge({"celery_beat_max_interval": 60}, worker_hosts=hosts, beat_hosts=hosts).about("celery_beat_max_interval")
+    assert problem.allowed == "at most 10 seconds with RedBeat, whose lock runs out 30 seconds after a tick"
 
 
 THREE = ("one", "two", "three")

@@ -6,14 +6,14 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from celery import Celery
+from waiting import wait_for as wait_for
 
 import celery_platform
 from celery_platform import configuration
@@ -25,16 +25,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = 30, every: float = 0.1) -> Any:
-    """Return the first true value of a condition; raise AssertionError, naming it, if none comes in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(every)
-    raise AssertionError(f"not within {seconds} s: {what}")
 
 
 class Site:

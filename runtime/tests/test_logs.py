@@ -176,9 +176,16 @@ import logging
 from celery import Celery, signals
 app = Celery("shop")
 
+class Line(logging.LogRecord):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.branch = "Leeds"
+
+logging.setLogRecordFactory(Line)
+
 @signals.setup_logging.connect
 def own(**_):
-    logging.basicConfig(format="own: %(task_name)s #%(attempt)s %(message)s", level="INFO")
+    logging.basicConfig(format="own: %(branch)s %(task_name)s #%(attempt)s %(message)s", level="INFO")
 
 @app.task(name="pay")
 def pay():
@@ -190,7 +197,7 @@ def pay():
     )
     log = in_process(site, "app.log.setup('INFO'); app.tasks['pay'].apply()")
 
-    assert "own: pay #1 not paid\nTraceback" in log
+    assert "own: Leeds pay #1 not paid\nTraceback" in log
     assert "ValueError: no answer from ********\n" in log
 
 

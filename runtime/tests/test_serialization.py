@@ -181,7 +181,7 @@ def encrypted_site(request: pytest.FixtureRequest, site: Site, redis_url: str) -
     """Return a site with encryption on, and its results in Redis."""
     site.write(SHOP)
     site.secret(encryption_keys=OLD)
-    site.set(broker_url=redis_url, result_backend=f"{redis_url}/1", encryption="on")
+    site.set(broker_url=redis_url, result_backend=f"{redis_url}/1", encryption="on", log_arguments="true")
     if request.param == "rabbitmq":
         site.set(broker_url=request.getfixturevalue("rabbitmq")[0])
         site.secret(broker_password="guest")

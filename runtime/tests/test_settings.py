@@ -56,6 +56,10 @@ def test_values_are_read_from_the_environment_and_from_credentials(environment: 
         ("routes", '{"x": {"que": "default"}}', "CELERY_PLATFORM_ROUTES[x][que] is 'default'; allowed: Extra inputs"),
         ("broker_url", "http://x", "CELERY_PLATFORM_BROKER_URL is 'http://x'; allowed: must begin with redis://"),
         ("encryption", "on", "CELERY_PLATFORM_ENCRYPTION is on; allowed: off, unless there is a credential encryption_keys"),
+        ("breakers", '{"x": {"failures": 0}}', "CELERY_PLATFORM_BREAKERS[x][failures] is 0; allowed: Input should be greater than"),
+        ("breakers", '{"x": {"reset": 1351}}', "CELERY_PLATFORM_BREAKERS[x][reset] is 1351; allowed: half of 2700 at most"),
+        ("rate_limits", '{"x": "10/d"}', "CELERY_PLATFORM_RATE_LIMITS[x] is '10/d'; allowed: String should match pattern"),
+        ("retry_backoff", "301", "CELERY_PLATFORM_RETRY_BACKOFF is 301; allowed: at most CELERY_PLATFORM_RETRY_BACKOFF_MAX, 300"),
         ("tls_ca_file", "/no/such/file", "CELERY_PLATFORM_TLS_CA_FILE is '/no/such/file'; allowed: must be a file"),
         ("tls_cert_file", "/etc/hostname", "CELERY_PLATFORM_TLS_CERT_FILE and CELERY_PLATFORM_TLS_KEY_FILE; allowed: both or neither"),
     ],
@@ -66,6 +70,17 @@ def test_a_bad_value_is_told_with_its_variable_and_what_is_allowed(environment: 
     with pytest.raises(BadSettings) as error:
         load_settings()
     assert told in str(error.value)
+
+
+def test_retries_on_redis_come_before_it_hands_out_a_task_again(environment: Environment) -> None:
+    environment(retry_tasks='["*"]', retry_backoff_max="2700")
+    with pytest.raises(
+        BadSettings, match=r"RETRY_BACKOFF_MAX is 2700; allowed: less than 2700, the seconds that CELERY_PLATFORM_VISIBILITY"
+    ):
+        load_settings()
+
+    environment(retry_tasks='["*"]', retry_backoff_max="2700", broker_url="amqp://shop@a//")
+    assert load_settings().retry_backoff_max == 2700
 
 
 def test_all_mistakes_are_told_at_once(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:

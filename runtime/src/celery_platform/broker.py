@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ssl
 from typing import Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+import redis
 from pydantic import SecretStr
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from redis.sentinel import Sentinel
 
 from celery_platform.settings import Settings
 
@@ -14,6 +18,8 @@ from celery_platform.settings import Settings
 SOCKET_TIMEOUT = 30
 CONNECT_TIMEOUT = 5
 HEALTH_CHECK_INTERVAL = 10
+#: Seconds until a publisher takes a message for lost that RabbitMQ does not confirm: longer than the election of a leader.
+CONFIRM_TIMEOUT = 30
 
 
 def with_password(url: str, password: SecretStr | None) -> str:
@@ -52,15 +58,42 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         # 300 s: a lost worker's tasks would wait that long beyond the visibility timeout.
         sweep = {"unacked_restore_interval": 2, "unacked_restore_throttle": 1, "unacked_mutex_expire": 15}
         config["broker_transport_options"] = _redis_options(settings, settings.broker_url) | sweep
-        if settings.broker_url.startswith(("rediss", "sentinel")) and settings.tls_ca_file:
-            config["broker_use_ssl"] = _redis_tls(settings)
+        if tls := redis_tls(settings, settings.broker_url):
+            config["broker_use_ssl"] = tls
     if settings.uses_rabbitmq:
         config["broker_heartbeat"] = 20
-        config["broker_transport_options"] = {"confirm_publish": True, "read_timeout": 30, "write_timeout": 30}
+        config["broker_transport_options"] = {
+            "confirm_publish": True,
+            "confirm_timeout": CONFIRM_TIMEOUT,  # guards.py
+            "read_timeout": SOCKET_TIMEOUT,
+            "write_timeout": SOCKET_TIMEOUT,
+        }
         if settings.broker_url.startswith("amqps"):
             config["broker_use_ssl"] = _rabbitmq_tls(settings)
     config |= _result_config(settings)
     return config
+
+
+def redis_client(settings: Settings, url: str, password: SecretStr | None, timeout: float) -> redis.Redis:
+    """Return a client for the Redis behind a URL of the settings; it connects with its first command.
+
+    It waits so many seconds for a connection or an answer, and does not try again.
+    """
+    hosts = [urlsplit(one) for one in with_password(url, password).split(";")]
+    times = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": Retry(NoBackoff(), 0)}
+    options: dict[str, Any] = times | {
+        "username": hosts[0].username or None,
+        "password": unquote(hosts[0].password) if hosts[0].password else None,
+        "db": int(hosts[0].path.strip("/") or 0),
+    }
+    if tls := redis_tls(settings, url):
+        options |= {"ssl": True} | tls
+    if not url.startswith("sentinel"):
+        return redis.Redis(host=hosts[0].hostname or "127.0.0.1", port=hosts[0].port or 6379, **options)
+    sentinels = [(host.hostname or "127.0.0.1", host.port or 26379) for host in hosts]
+    sentinel: Any = Sentinel(sentinels, sentinel_kwargs=sentinel_options(settings) | times)  # type: ignore[no-untyped-call]
+    master: redis.Redis = sentinel.master_for(settings.sentinel_master, **options)
+    return master
 
 
 def _result_config(settings: Settings) -> dict[str, Any]:
@@ -74,8 +107,8 @@ def _result_config(settings: Settings) -> dict[str, Any]:
         config["redis_socket_connect_timeout"] = CONNECT_TIMEOUT
         config["redis_socket_keepalive"] = True
         config["redis_backend_health_check_interval"] = HEALTH_CHECK_INTERVAL
-        if url.startswith(("rediss", "sentinel")) and settings.tls_ca_file:
-            config["redis_backend_use_ssl"] = _redis_tls(settings)
+        if tls := redis_tls(settings, url):
+            config["redis_backend_use_ssl"] = tls
     return config
 
 
@@ -89,22 +122,31 @@ def _redis_options(settings: Settings, url: str) -> dict[str, Any]:
         "health_check_interval": HEALTH_CHECK_INTERVAL,
     }
     if url.startswith("sentinel"):
-        # With options of its own, redis-py derives no timeout for the connections to Sentinel.
-        sentinel: dict[str, Any] = {"socket_timeout": CONNECT_TIMEOUT, "socket_connect_timeout": CONNECT_TIMEOUT}
-        if settings.sentinel_password:
-            sentinel["password"] = settings.sentinel_password.get_secret_value()
-            if settings.sentinel_user:
-                sentinel["username"] = settings.sentinel_user
-        if settings.tls_ca_file:
-            sentinel |= {"ssl": True} | _redis_tls(settings)
-        options |= {"master_name": settings.sentinel_master, "sentinel_kwargs": sentinel}
+        options |= {"master_name": settings.sentinel_master, "sentinel_kwargs": sentinel_options(settings)}
     return options
 
 
-def _redis_tls(settings: Settings) -> dict[str, Any]:
+def sentinel_options(settings: Settings) -> dict[str, Any]:
+    """Return how redis-py connects to Sentinel itself: user, password, TLS, timeouts."""
+    # With options of its own, redis-py derives no timeout for these connections.
+    options: dict[str, Any] = {"socket_timeout": CONNECT_TIMEOUT, "socket_connect_timeout": CONNECT_TIMEOUT}
+    if settings.sentinel_password:
+        options["password"] = settings.sentinel_password.get_secret_value()
+        if settings.sentinel_user:
+            options["username"] = settings.sentinel_user
+    if tls := redis_tls(settings, "sentinel"):
+        options |= {"ssl": True} | tls
+    return options
+
+
+def redis_tls(settings: Settings, url: str) -> dict[str, Any] | None:
+    """Return redis-py's options for TLS with the Redis behind a URL of the settings, or None for plain text."""
+    if not url.startswith("rediss") and not (url.startswith("sentinel") and settings.tls_ca_file):
+        return None
     return {
         "ssl_cert_reqs": ssl.CERT_REQUIRED,
         "ssl_check_hostname": True,
+        # None: those of the system.
         "ssl_ca_certs": str(settings.tls_ca_file) if settings.tls_ca_file else None,
         "ssl_certfile": str(settings.tls_cert_file) if settings.tls_cert_file else None,
         "ssl_keyfile": str(settings.tls_key_file) if settings.tls_key_file else None,
@@ -112,13 +154,11 @@ def _redis_tls(settings: Settings) -> dict[str, Any]:
 
 
 def _rabbitmq_tls(settings: Settings) -> dict[str, Any]:
-    options: dict[str, Any] = {
+    return {
         "cert_reqs": ssl.CERT_REQUIRED,
         "ca_certs": str(settings.tls_ca_file) if settings.tls_ca_file else None,
         "certfile": str(settings.tls_cert_file) if settings.tls_cert_file else None,
         "keyfile": str(settings.tls_key_file) if settings.tls_key_file else None,
+        # None is each host's own name (guards.py); without an entry, py-amqp verifies no name.
+        "server_hostname": settings.tls_server_name,
     }
-    # py-amqp checks the name only if it is given one, and kombu keeps the first host's for all others.
-    if settings.tls_server_name:
-        options["server_hostname"] = settings.tls_server_name
-    return options

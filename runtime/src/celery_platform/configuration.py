@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from celery import Celery
 
-from celery_platform import broker, queues
+from celery_platform import beat, broker, queues
 from celery_platform.settings import PREFIX, Settings
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ AS_SAFE: dict[str, Callable[[Any, Settings], bool]] = {
     "timezone": lambda value, _: True,
     "enable_utc": lambda value, _: bool(value),
     "beat_sync_every": lambda value, _: True,
+    "redbeat_lock_timeout": lambda value, _: bool(value),
     "task_ignore_result": lambda value, _: True,
 }
 
@@ -80,6 +81,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "task_soft_time_limit": None,
         "task_time_limit": None,
         **broker.celery_config(settings),
+        **beat.celery_config(settings),
         **queues.celery_config(settings),
     }
 

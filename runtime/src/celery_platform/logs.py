@@ -34,9 +34,9 @@ from celery.app.task import Context
 from celery.utils.log import ColorFormatter, get_multiprocessing_logger
 from celery.worker.consumer import consumer as celery_consumer
 from celery.worker.request import Request
-from kombu.transport.native_delayed_delivery import MAX_NUMBER_OF_BITS_TO_USE
 from pydantic import SecretStr
 
+from celery_platform.queues import DELAY
 from celery_platform.settings import MASK, Settings
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,6 @@ SHORTEST_SECRET = 4
 
 #: A password in a URL; it may hold an @ that should have been quoted.
 URL_PASSWORD = re.compile(r"""(?<=://)([^\s:/@'"]*):[^\s/'"]*@""")
-
-#: What a countdown adds to the routing key of a quorum queue.
-DELAY = re.compile(rf"^(?:[01]\.){{{MAX_NUMBER_OF_BITS_TO_USE}}}")
 
 #: What the mappings that Celery logs call arguments and results (celery.app.trace, celery.worker.strategy).
 VALUES = frozenset({"args", "kwargs", "return_value"})
@@ -184,13 +181,18 @@ class Record(logging.LogRecord):
 
 def _make_record(make: Callable[..., logging.LogRecord], *arguments: Any, **named: Any) -> logging.LogRecord:
     record = make(*arguments, **named)
-    # An application's own class of records stays as it is.
-    if type(record) is logging.LogRecord:
-        record.__class__ = Record
+    if not isinstance(record, Record):
+        record.__class__ = _with_task(type(record))  # type: ignore[arg-type]
         # An exception would be raised where the line is logged: in a task.
         with contextlib.suppress(Exception):
             cast(Record, record).enter()
     return record
+
+
+@functools.cache
+def _with_task(kind: type[logging.LogRecord]) -> type[logging.LogRecord]:
+    """Return our class of records, on top of an application's own."""
+    return Record if kind is logging.LogRecord else type(kind.__name__, (Record, kind), {})
 
 
 def _time(record: logging.LogRecord) -> str:
@@ -376,7 +378,7 @@ def install(app: Celery, settings: Settings) -> None:
     """
     mask = masker(settings)
     Record.mask = staticmethod(mask)
-    Record.show_arguments = settings.log_arguments
+    Record.show_arguments = settings.log_arguments and settings.encryption == "off"
     logging.setLogRecordFactory(functools.partial(_make_record, logging.getLogRecordFactory()))
     formatter = JsonFormatter(mask) if settings.log_format == "json" else TextFormatter(mask)
     level = settings.log_level if "log_level" in settings.model_fields_set else None

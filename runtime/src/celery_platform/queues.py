@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
+import re
+from collections.abc import Container
 from typing import Any
 
 from kombu.entity import Exchange, Queue
+from kombu.transport.native_delayed_delivery import CELERY_DELAYED_DELIVERY_EXCHANGE, MAX_NUMBER_OF_BITS_TO_USE
 
 from celery_platform.settings import Settings
+
+#: What a delay puts before a routing key.
+DELAY = re.compile(rf"^(?:[01]\.){{{MAX_NUMBER_OF_BITS_TO_USE}}}")
 
 
 def celery_config(settings: Settings) -> dict[str, Any]:
@@ -39,9 +45,21 @@ def router(settings: Settings) -> Any:
     def route(name: str, args: Any, kwargs: Any, options: dict[str, Any], task: Any = None, **_: Any) -> dict[str, Any]:
         found = next((route for pattern, route in settings.routes.items() if fnmatch.fnmatchcase(name, pattern)), None)
         # The queue is always named: without it, Celery 5.7.0 fails on every countdown with quorum queues.
-        queue = options.get("queue") or (found.queue if found else None) or settings.default_queue
+        queue = options.get("queue") or addressed(options, priorities) or (found.queue if found else None) or settings.default_queue
         queue = getattr(queue, "name", queue)
         priority = found.priority if found and found.priority is not None else priorities.get(queue)
         return {"queue": queue} | ({"priority": priority} if priority is not None else {})
 
     return route
+
+
+def addressed(options: dict[str, Any], names: Container[str]) -> str | None:
+    """Return the one of these queues that a task's exchange and routing key stand for; None if that is none.
+
+    Some applications name those. A retry does, too, with those that its message came by (signature_from_request in
+    celery/app/task.py): without this it would leave the queue that it was sent to.
+    """
+    key = DELAY.sub("", options.get("routing_key") or "")
+    exchange = options.get("exchange")
+    exchange = getattr(exchange, "name", exchange)
+    return key if key in names and exchange in (None, "", key, CELERY_DELAYED_DELIVERY_EXCHANGE) else None

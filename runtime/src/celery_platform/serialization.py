@@ -35,7 +35,6 @@ from typing import Any, NamedTuple
 
 from celery import Celery, bootsteps
 from celery.events.dispatcher import EventDispatcher
-from celery.worker.consumer import consumer as celery_consumer
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from kombu import serialization
@@ -60,11 +59,10 @@ KEY_ID_SIZE = 8
 NONCE_SIZE = 12
 HEADER_SIZE = len(VERSION) + KEY_ID_SIZE
 
-#: Where Celery shows arguments and results: headers of messages, replies to remote control, events, and log records.
+#: Where Celery shows arguments and results: headers of messages, replies to remote control, and events. (And logs: logs.py.)
 IN_HEADERS = frozenset({"argsrepr", "kwargsrepr"})
 IN_REPLIES = frozenset({"args", "kwargs"})
 IN_EVENTS = frozenset({"args", "kwargs", "result"})
-IN_RECORDS = frozenset({"args", "kwargs", "return_value"})
 
 
 def generate_key() -> str:
@@ -193,21 +191,10 @@ def _hide_arguments(app: Celery) -> None:
     app.events.dispatcher_cls = DiscreetDispatcher
     app.control.mailbox.node_cls = DiscreetNode
     app.steps["consumer"].add(DiscreetConsumer)
-    for name in ("celery.app.trace", "celery.worker.strategy"):
-        logging.getLogger(name).addFilter(_hide_in_record)
-    # At DEBUG, it logs whatever is handed to the processes of the pool.
-    logging.getLogger("celery.pool").setLevel(logging.INFO)
 
 
 def _hidden(fields: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
     return {name: MASK if name in names else value for name, value in fields.items()}
-
-
-def _hide_in_record(record: logging.LogRecord) -> bool:
-    # Celery logs the life of a task with a mapping, and attaches the same one as `data`.
-    if isinstance(record.args, Mapping):
-        record.args = record.data = _hidden(record.args, IN_RECORDS)
-    return True
 
 
 class DiscreetDispatcher(EventDispatcher):  # type: ignore[misc]
@@ -237,12 +224,11 @@ def _without_arguments(value: Any) -> Any:
 
 
 class DiscreetConsumer(bootsteps.Step):  # type: ignore[misc]
-    """Hides the arguments that other producers show in headers, and the bodies of messages that a worker refuses."""
+    """Hides the arguments that other producers show in headers."""
 
     def __init__(self, consumer: Any, **_: Any) -> None:
         """Come between the broker and the worker."""
         super().__init__(consumer)
-        celery_consumer.dump_body = _size_of_body
         create_task_handler, on_decode_error = consumer.create_task_handler, consumer.on_decode_error
         consumer.create_task_handler = lambda: _after_hiding(create_task_handler())
         consumer.on_decode_error = _after_hiding(on_decode_error)
@@ -254,7 +240,3 @@ def _after_hiding(handle: Callable[..., Any]) -> Callable[..., Any]:
         return handle(message, *args)
 
     return hide_and_handle
-
-
-def _size_of_body(message: Any, body: Any) -> str:
-    return f"{len(message.body or '')} bytes, not shown"

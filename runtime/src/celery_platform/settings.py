@@ -27,6 +27,7 @@ def _readable(path: Path) -> Path:
 
 Seconds = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[str, Field(pattern=r"^[1-9][0-9]*/[smh]$")]
 ReadableFile = Annotated[Path, AfterValidator(_readable)]
 
 
@@ -46,6 +47,15 @@ class Route(BaseModel):
 
     queue: str | None = None
     priority: Annotated[int, Field(ge=0, le=9)] | None = None
+
+
+class Breaker(BaseModel):
+    """When a circuit breaker opens: failures in a row. And for how many seconds, until one task is tried."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    failures: Count = 5
+    reset: Seconds = 60
 
 
 class CredentialsSource(PydanticBaseSettingsSource):
@@ -85,7 +95,7 @@ class Settings(BaseSettings):
     tls_ca_file: ReadableFile | None = None
     tls_cert_file: ReadableFile | None = None
     tls_key_file: ReadableFile | None = None
-    #: Name that the certificates of all RabbitMQ nodes share.
+    #: Name that the certificates of all RabbitMQ nodes share. None: each has its own host's.
     tls_server_name: str | None = None
     #: What all keys and channels in Redis begin with.
     key_prefix: str = ""
@@ -111,6 +121,18 @@ class Settings(BaseSettings):
     max_tasks_per_child: Count = 1000
     #: Mebibytes after which a worker process is replaced once its task is done.
     max_memory_per_child: Count | None = None
+
+    # --- Resilience: by task name, globs allowed ---
+    #: Tasks whose connection errors are retried, unless they do so themselves.
+    retry_tasks: list[str] = []
+    retry_max: Count = 5
+    #: Seconds until the first retry and at most; each wait is twice the one before, less up to half of it by chance.
+    retry_backoff: Seconds = 1
+    retry_backoff_max: Seconds = 300
+    #: The first match wins. The tasks of one glob share its circuit, and its rate.
+    breakers: dict[str, Breaker] = {}
+    #: Runs a second, minute or hour by all workers together: `10/m`.
+    rate_limits: dict[str, Rate] = {}
 
     # --- Results ---
     result_expires: Seconds = 3600
@@ -182,6 +204,18 @@ class Settings(BaseSettings):
         if self.uses_redis_broker and not limits["time_limit"] < limits["visibility_timeout"]:
             allowed = f"more than {PREFIX}TIME_LIMIT, {self.time_limit}, or Redis hands out tasks that still run"
             wrong.append(f"{PREFIX}VISIBILITY_TIMEOUT is {self.visibility_timeout}; allowed: {allowed}")
+        if self.retry_backoff > self.retry_backoff_max:
+            allowed = f"at most {PREFIX}RETRY_BACKOFF_MAX, {self.retry_backoff_max}"
+            wrong.append(f"{PREFIX}RETRY_BACKOFF is {self.retry_backoff}; allowed: {allowed}")
+        if self.uses_redis_broker and self.retry_tasks and self.retry_backoff_max >= self.longest_wait:
+            allowed = f"less than {self.longest_wait}, the seconds that {PREFIX}VISIBILITY_TIMEOUT leaves beyond {PREFIX}TIME_LIMIT"
+            wrong.append(f"{PREFIX}RETRY_BACKOFF_MAX is {self.retry_backoff_max}; allowed: {allowed}")
+        for glob, breaker in self.breakers.items():
+            if self.uses_redis_broker and breaker.reset * 2 > self.longest_wait:
+                allowed = (
+                    f"half of {self.longest_wait} at most, the seconds that {PREFIX}VISIBILITY_TIMEOUT leaves beyond {PREFIX}TIME_LIMIT"
+                )
+                wrong.append(f"{PREFIX}BREAKERS[{glob}][reset] is {breaker.reset}; allowed: {allowed}")
         if len(set(names)) != len(names):
             wrong.append(f"{PREFIX}QUEUES is {names}; allowed: each name once")
         if self.default_queue not in names:
@@ -206,6 +240,20 @@ class Settings(BaseSettings):
     def uses_rabbitmq(self) -> bool:
         """Whether the broker is RabbitMQ."""
         return self.broker_url.startswith("amqp")
+
+    @property
+    def redis_store(self) -> tuple[str, SecretStr | None] | None:
+        """URL and password of the Redis that workers share: the broker, or else the result backend. None: neither is one."""
+        if self.uses_redis_broker:
+            return self.broker_url, self.broker_password
+        if self.result_backend and self.result_backend.startswith(("redis", "sentinel")):
+            return self.result_backend, self.result_backend_password
+        return None
+
+    @property
+    def longest_wait(self) -> int:
+        """Seconds that a task may wait for its time on Redis, where its message is unacknowledged meanwhile and while it runs."""
+        return self.visibility_timeout - self.time_limit
 
 
 def is_secret(field: str) -> bool:

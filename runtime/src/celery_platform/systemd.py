@@ -92,10 +92,19 @@ def _stopping(**_: Any) -> None:
 
 
 def _watch_beat(sender: Any, **_: Any) -> None:
-    """Let each tick of beat's scheduler be a sign of life."""
-    tick = sender.scheduler.tick
+    """Let each tick of beat's scheduler be a sign of life, and waiting for another beat's lock (RedBeat), too."""
+    tick, ticking, interval = sender.scheduler.tick, threading.Event(), watchdog_interval()
+
+    def stand_by() -> None:
+        while not ticking.is_set():
+            notify("WATCHDOG=1\nSTATUS=Standing by; another beat holds the lock")
+            ticking.wait(interval or 10)
+
+    if getattr(sender.scheduler, "lock_key", None):
+        threading.Thread(target=stand_by, daemon=True, name="signs-of-life").start()
 
     def tick_and_sign(*args: Any, **kwargs: Any) -> Any:
+        ticking.set()
         pause = tick(*args, **kwargs)
         notify(f"WATCHDOG=1\nSTATUS=Next task in {pause:.0f} s at the latest")
         return pause

@@ -10,7 +10,7 @@ import sys
 from celery import Celery
 from celery.app.utils import find_app
 
-from celery_platform import alerts, configuration, dead_letters, limits, logs, serialization, systemd
+from celery_platform import alerts, configuration, dead_letters, guards, limits, logs, resilience, serialization, systemd
 from celery_platform.settings import BadSettings, load_settings
 
 #: EX_CONFIG of sysexits.h: the units do not restart a service that ends with it.
@@ -26,7 +26,7 @@ def load() -> Celery:
     settings = load_settings()
     app: Celery = find_app(settings.application)
     configuration.apply(app, settings)
-    for part in (limits, serialization, logs, systemd, dead_letters, alerts):
+    for part in (guards, limits, serialization, logs, systemd, resilience, dead_letters, alerts):
         part.install(app, settings)
     return app
 

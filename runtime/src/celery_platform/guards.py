@@ -1,0 +1,247 @@
+"""Guards for defects of Celery 5.7.0, kombu 5.7.0 and py-amqp 5.4.2 with RabbitMQ.
+
+Each says which defect it is for, where that is, and when it can go. What settings alone prevent is in `broker`, `queues`
+and `configuration`; time limits are in `limits`. The tests show each defect without its guard.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from celery import Celery
+from celery.exceptions import QueueNotFound
+from celery.utils.time import subtract_datetimes
+from kombu import transport
+from kombu.exceptions import OperationalError
+from kombu.transport import pyamqp
+from kombu.transport.native_delayed_delivery import (
+    bind_queue_to_native_delayed_delivery_exchange,
+    declare_native_delayed_delivery_exchanges_and_queues,
+)
+
+from celery_platform import queues
+from celery_platform.settings import PREFIX, BadSettings, Settings
+
+logger = logging.getLogger(__name__)
+
+#: What the transport's classes below override. If one is no longer there, nothing would call ours.
+OVERRIDDEN = (
+    (pyamqp.Channel, "basic_publish_confirm"),
+    (pyamqp.Connection, "drain_events"),
+    (pyamqp.Connection, "blocking_read"),
+    (pyamqp.Transport, "establish_connection"),
+)
+#: What says how long to wait for a broker.
+WAITING = frozenset({"max_retries", "interval_start", "interval_step", "interval_max"})
+
+
+def install(app: Celery, settings: Settings) -> None:
+    """Guard an application, if its broker is RabbitMQ. Comes before whatever else wraps `app.send_task`.
+
+    Raises:
+        BadSettings: if delays would mix up the queues.
+        RuntimeError: if kombu is not as these guards know it.
+    """
+    if settings.uses_rabbitmq:
+        check_queue_names(settings)
+        use_transport()
+        delay_safely(app)
+
+
+def check_queue_names(settings: Settings) -> None:
+    """Refuse queues of which a delayed message for one reaches another, too: `orders` and `eu.orders`.
+
+    kombu binds a queue to delayed messages whose routing key ends with its name's words
+    (bind_queue_to_native_delayed_delivery_exchange in kombu/transport/native_delayed_delivery.py: `#.orders`).
+    Can go when that is bound to the 28 words of the delay and the name.
+
+    Raises:
+        BadSettings: if there are such queues.
+    """
+    names = [queue.name for queue in settings.queues]
+    for name in names:
+        for longer in names:
+            if longer.endswith(f".{name}"):
+                told = f"{PREFIX}QUEUES has {name} and {longer}, and RabbitMQ would bring countdowns for {longer} to both"
+                raise BadSettings(f"{told}; allowed: no queue named as another's end after a dot")
+
+
+# --- Connections ---
+
+
+class Channel(pyamqp.Channel):
+    """A channel that waits for a confirmation only so long."""
+
+    def basic_publish_confirm(self, *args: Any, confirm_timeout: float | None = None, **options: Any) -> Any:
+        """Publish a message and wait for its confirmation, at most `confirm_timeout` seconds (default: the connection's).
+
+        py-amqp waits for ever (amqp/channel.py, basic_publish_confirm) unless each caller says how long, and then does
+        not close the channel: a late confirmation is taken for the next message's. Can go when it has a default.
+
+        Raises:
+            TimeoutError: if none came in time; kombu takes that for a lost connection, and tries again.
+        """
+        timeout = confirm_timeout or options.get("timeout") or self.connection.confirm_timeout
+        try:
+            return super().basic_publish_confirm(*args, confirm_timeout=timeout, **options)
+        except TimeoutError:
+            if self.connection is not None:
+                self.connection.collect()
+            raise
+
+
+class Connection(pyamqp.Connection):
+    """A connection whose timeouts are those of what is waited for."""
+
+    Channel = Channel
+
+    def __init__(self, *args: Any, confirm_timeout: float | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.confirm_timeout = confirm_timeout
+
+    def drain_events(self, timeout: float | None = None) -> None:
+        """Wait for a method of the broker, at most `timeout` seconds.
+
+        In py-amqp (amqp/connection.py, drain_events) each of the broker's heartbeats starts the timeout anew, so a
+        broker that lives but does not answer is waited for for ever. Can go when it keeps a deadline.
+
+        Raises:
+            TimeoutError: if none came in time.
+        """
+        if not timeout:
+            super().drain_events(timeout)
+            return
+        end = time.monotonic() + timeout
+        while not self.blocking_read(timeout):
+            timeout = end - time.monotonic()
+            if timeout <= 0:
+                raise TimeoutError("RabbitMQ does not answer")
+
+
+class Transport(pyamqp.Transport):
+    """kombu's transport for RabbitMQ, with the guards."""
+
+    Connection = Connection
+
+    def establish_connection(self) -> Any:
+        """Connect, and leave `server_hostname: None` as it is: each host is verified against its own name.
+
+        kombu (kombu/transport/pyamqp.py, establish_connection) writes the first host's name over it, into the dictionary
+        that all connections share. Can go when kombu copies that.
+        """
+        client: Any = self.client
+        shared = client.ssl
+        if isinstance(shared, dict):
+            client.ssl = dict(shared)
+        try:
+            return super().establish_connection()  # type: ignore[no-untyped-call]
+        finally:
+            client.ssl = shared
+
+
+class SSLTransport(Transport, pyamqp.SSLTransport):
+    """The same, with TLS."""
+
+
+def use_transport() -> None:
+    """Let this process reach RabbitMQ by the transport with the guards.
+
+    Raises:
+        RuntimeError: if kombu or py-amqp lacks what it overrides.
+    """
+    for owner, name in OVERRIDDEN:
+        if not hasattr(owner, name):
+            raise RuntimeError(f"{owner.__module__}.{owner.__name__} has no {name}: this kombu or py-amqp is not one that {__name__} knows")
+    for scheme, guarded in {"amqp": Transport, "amqps": SSLTransport}.items():
+        transport.TRANSPORT_ALIASES[scheme] = f"{__name__}:{guarded.__name__}"
+        # An application that connected while it was imported.
+        transport._transport_cache.pop(scheme, None)
+
+
+# --- Countdowns ---
+
+
+def delay_safely(app: Celery) -> None:
+    """Let a countdown or ETA of any length arrive, no earlier than asked for.
+
+    With quorum queues (celery/app/base.py, send_task):
+    - one of less than a second is a ValueError, as a delay is cut to whole seconds. Here it is a second.
+      Can go when calculate_routing_key takes 0.
+    - an exchange is ignored: the message goes to the queue of the route. Here the queue that it stands for is found
+      (queues.py), and one of others is an error. Can go when Celery 5.7.0's KeyError for routes without a queue is mended.
+    - what delays it is declared by workers only: before the first one ran, it is a 404, or lost. Here whoever sends the
+      first one declares it. Can go when Celery declares it for senders.
+    """
+    send = app.send_task
+    declare = Once(lambda: declare_delays(app))
+
+    def send_task(
+        name: str, args: Any = None, kwargs: Any = None, countdown: Any = None, eta: Any = None, *more: Any, **options: Any
+    ) -> Any:
+        delay = countdown
+        if eta:
+            eta = datetime.fromisoformat(eta) if isinstance(eta, str) else eta
+            delay = subtract_datetimes(eta, app.now()).total_seconds()
+        if delay and delay > 0:
+            # Celery looks at the clock again: an ETA in 1.0001 seconds is one of less than a second by then.
+            if delay < (2 if eta else 1):
+                countdown, eta = math.ceil(delay), None
+            if not options.get("retries"):
+                _check_exchange(app, options)
+            # In a task, its worker has.
+            if app.current_worker_task is None:
+                declare()
+        return send(name, args, kwargs, countdown, eta, *more, **options)
+
+    app.send_task = send_task
+
+
+def _check_exchange(app: Celery, options: dict[str, Any]) -> None:
+    if options.get("exchange") and not options.get("queue") and not queues.addressed(options, app.amqp.queues):
+        exchange = getattr(options["exchange"], "name", options["exchange"])
+        raise QueueNotFound(f"Exchange {exchange!r}, routing key {options.get('routing_key')!r}: no queue here, so no countdown or ETA")
+
+
+class Once:
+    """Does a thing once in a process, unless it fails."""
+
+    def __init__(self, do: Callable[[], None]) -> None:
+        self.do = do
+        self.done = False
+        self.lock = threading.Lock()
+
+    def __call__(self) -> None:
+        """Do it, if it is not done."""
+        if not self.done:
+            with self.lock:
+                if not self.done:
+                    self.do()
+                    self.done = True
+
+
+def declare_delays(app: Celery) -> None:
+    """Declare what delays messages, and all queues that they may be for.
+
+    Who may not declare is left to what is there: without it, publishing is an error.
+
+    Raises:
+        OperationalError: if the broker cannot be reached; it is waited for as for publishing.
+    """
+    policy = app.conf.task_publish_retry_policy
+    with app.connection_for_write() as connection:
+        connection.ensure_connection(**{name: policy[name] for name in WAITING & policy.keys()})
+        try:
+            declare_native_delayed_delivery_exchanges_and_queues(connection, app.conf.broker_native_delayed_delivery_queue_type)
+            for queue in app.amqp.queues.values():
+                queue(connection.default_channel).declare()
+                bind_queue_to_native_delayed_delivery_exchange(connection, queue)
+        except connection.channel_errors as error:
+            logger.info("What delays messages is not declared from here: %s", error)
+        except connection.connection_errors as error:
+            raise OperationalError(str(error)) from error
