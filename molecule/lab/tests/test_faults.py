@@ -44,7 +44,7 @@ def cut_off(node: Node, others: list[Node]) -> Iterator[None]:
         f"chain {hook} {{ type filter hook {hook} priority -200; ip {end} {{ {addresses} }} drop; }}"
         for hook, end in (("input", "saddr"), ("output", "daddr"))
     ]
-    node.host.check_output("nft %s", f"table inet drill {{ {' '.join(chains)} }}")
+    node.host.check_output("nft %s", f"table inet drill {{ {'; '.join(chains)}; }}")
     try:
         yield
     finally:

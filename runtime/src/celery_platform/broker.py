@@ -14,10 +14,13 @@ from redis.sentinel import Sentinel
 
 from celery_platform.settings import Settings
 
-#: Seconds. kombu's defaults wait for ever on a half-open connection (research: celery.md, 2.1 and 3.1).
-SOCKET_TIMEOUT = 30
+#: Seconds. kombu's defaults wait for ever on a half-open connection (research: celery.md, 2.1 and 3.1). A frozen Redis is
+#: given up after SOCKET_TIMEOUT by who sends a task, and after twice the interval of health checks by who waits for one.
+SOCKET_TIMEOUT = 10
 CONNECT_TIMEOUT = 5
-HEALTH_CHECK_INTERVAL = 10
+HEALTH_CHECK_INTERVAL = 5
+#: The same for RabbitMQ, whose heartbeats find a dead connection sooner.
+RABBITMQ_TIMEOUT = 30
 #: Seconds until a publisher takes a message for lost that RabbitMQ does not confirm: longer than the election of a leader.
 CONFIRM_TIMEOUT = 30
 
@@ -66,8 +69,8 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         config["broker_transport_options"] = {
             "confirm_publish": True,
             "confirm_timeout": CONFIRM_TIMEOUT,  # guards.py
-            "read_timeout": SOCKET_TIMEOUT,
-            "write_timeout": SOCKET_TIMEOUT,
+            "read_timeout": RABBITMQ_TIMEOUT,
+            "write_timeout": RABBITMQ_TIMEOUT,
         }
         if settings.broker_url.startswith("amqps"):
             config["broker_use_ssl"] = _rabbitmq_tls(settings)
