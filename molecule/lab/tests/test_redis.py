@@ -78,12 +78,13 @@ def test_nothing_listens_but_tls_on_the_named_addresses(cluster: Cluster) -> Non
     ],
 )
 def test_each_user_may_do_only_its_work(cluster: Cluster, user: str, port: int, allowed: list[str], refused: list[str]) -> None:
-    client = cluster.client(cluster.master(), port, user, cluster.secrets[USERS[user]])
+    clients = {name: cluster.client(name, port, user, cluster.secrets[USERS[user]]) for name in cluster.nodes}
     for command in allowed:
-        client.execute_command(*command.split())
-    for command in refused:
-        with pytest.raises(redis.ResponseError, match=r"(?i)no permissions"):
-            client.execute_command(*command.split())
+        clients[cluster.master()].execute_command(*command.split())
+    for client in clients.values():
+        for command in refused:
+            with pytest.raises(redis.ResponseError, match=r"(?i)no permissions"):
+                client.execute_command(*command.split())
 
 
 def test_replication_has_no_business_in_a_sentinel(cluster: Cluster) -> None:

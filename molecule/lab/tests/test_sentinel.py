@@ -113,9 +113,10 @@ def test_passwords_change_and_redis_restarts_while_tasks_flow(cluster: Cluster) 
     secret = {user["name"]: SECRETS.get(user["name"], f"vault_redis_{user['name']}_password") for user in USERS}
     rolled = [user | {"password": new[secret[user["name"]]]} for user in USERS]
     both = [user | {"previous_password": old[secret[user["name"]]]} for user in rolled]
+    databases = 1 + max(int(cluster.client(name).config_get("databases")["databases"]) for name in cluster.nodes)
     settings = {
         "redis_requirepass": new["vault_redis_requirepass"],
-        "redis_settings": {"databases": 17},
+        "redis_settings": {"databases": databases},
         "celery_app_broker_password": new["vault_celery_redis_password"],
     }
     before = cluster.master()
@@ -136,7 +137,7 @@ def test_passwords_change_and_redis_restarts_while_tasks_flow(cluster: Cluster) 
         assert cluster.master() != before
         for name, node in cluster.nodes.items():
             assert node.show("redis-server", "MainPID") != pids[name]
-            assert cluster.client(name).config_get("databases")["databases"] == "17"
+            assert cluster.client(name).config_get("databases")["databases"] == str(databases)
             # Sentinel learns passwords while it runs.
             assert node.show("redis-sentinel", "MainPID") == sentinels[name]
         for password in (old["vault_celery_redis_password"], new["vault_celery_redis_password"]):
