@@ -19,9 +19,11 @@ from nodes import REPOSITORY, Node, wait_for
 TABLE = "nft --stateless list table inet celery_platform"
 #: A service that nobody declared listens here, on every host.
 UNDECLARED = 8099
+CLIENTS = {"redis", "redis_sentinel", "celery_worker", "celery_beat", "celery_flower", "monitoring"}
 #: Who may reach what, beside ssh: port, groups of its hosts, groups that it is let in from.
 DECLARED = [
-    (6379, {"redis"}, {"redis", "redis_sentinel", "celery_worker", "celery_beat", "celery_flower", "monitoring"}),
+    (6379, {"redis"}, CLIENTS),
+    (26379, {"redis_sentinel"}, CLIENTS),
 ]
 SCAN = """
 import concurrent.futures, socket, sys
