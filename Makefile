@@ -57,9 +57,9 @@ SERVERS := redis-server rabbitmq-server
 unit: $(VENV)/test ## Unit tests of the plugins and the runtime package; the roles' documentation
 	@dpkg-query --show $(SERVERS) >/dev/null 2>&1 || { apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SERVERS) >/dev/null; }
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q --numprocesses=2 --dist=loadfile
 
-molecule: $(VENV)/test ## The quickstart on Debian 12 and on Debian 13
+molecule: $(VENV)/test ## The quickstart on Debian 12, the lab of several hosts on Debian 13
 	PATH="$(CURDIR)/$(BIN):$$PATH" molecule/run
 
 docs: $(VENV)/test ## Write the variables' tables in the roles' READMEs
