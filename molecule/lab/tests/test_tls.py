@@ -1,4 +1,7 @@
-"""Hosts prove to each other who they are; their keys never leave them; certificates are renewed, replaced, and checked."""
+"""Hosts prove to each other who they are; their keys never leave them; certificates are renewed, replaced, and checked.
+
+Comes last by its name: it leaves two hosts with an authority that the services of the others do not know.
+"""
 
 from __future__ import annotations
 
