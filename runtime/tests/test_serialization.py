@@ -220,7 +220,9 @@ def test_an_unknown_key_is_named() -> None:
         decode(KeyRing(OLD).seal(b"[]"))
 
 
-@pytest.mark.parametrize("ring", ["", "\n", f"{OLD}\ntopsecret", f"{OLD}\n{OLD}x", f"{OLD}\n{OLD[:20]}", f"{OLD}\n{OLD[:20]}!{OLD[20:]}"])
+@pytest.mark.parametrize(
+    "ring", ["", "\n", f"{OLD}\ntopsecret", f"{OLD}\n{OLD}x", f"{OLD}\n{OLD[:20]}", f"{OLD}\n{OLD[:20]}!{OLD[20:]}"], ids=range(6)
+)
 def test_what_is_no_key_is_refused_and_not_shown(ring: str) -> None:
     with pytest.raises(BadSettings, match=r"encryption_keys.*allowed: .*generate-key") as refusal:
         serialization.install(Celery("shop"), settings(encryption="on", encryption_keys=SecretStr(ring)))
