@@ -138,6 +138,6 @@ def test_our_settings_win_over_what_sentinel_has_written(cluster: Cluster) -> No
             return {}
 
     wait_for("the Sentinel", settings)
-    assert settings()["down-after-milliseconds"] == 5000
+    assert settings()["down-after-milliseconds"] == 3000
     wait_for("the other Sentinels", lambda: settings()["num-other-sentinels"] == 2)
     assert cluster.master() == before
