@@ -122,7 +122,7 @@ def test_a_key_that_everyone_can_read_is_told(files: Files) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can try what another group can read")
 def test_a_key_that_the_group_cannot_read_is_told(files: Files) -> None:
-    for folder in (files.key.parent, files.key.parent.parent, files.key.parent.parent.parent):
+    for folder in list(files.key.parents)[:-2]:
         folder.chmod(0o755)
     os.chown(files.key, 0, 0)
     files.key.chmod(0o640)
