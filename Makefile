@@ -11,7 +11,7 @@ WORKER  = $(shell $(BIN)/ansible -i inventories/$(ENV) --list-hosts 'celery_work
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help deploy demo status ssh secrets destroy test lint unit molecule docs clean
+.PHONY: help deploy demo status ssh secrets destroy test lint unit coverage molecule docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -58,6 +58,12 @@ unit: $(VENV)/test ## Unit tests of the plugins and the runtime package; the rol
 	@dpkg-query --show $(SERVERS) >/dev/null 2>&1 || { apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SERVERS) >/dev/null; }
 	$(BIN)/pytest -q --numprocesses=2 --dist=loadfile
+
+coverage: $(VENV)/test ## How much of the runtime package its tests run
+	@mkdir -p .lab/coverage
+	COVERAGE_FILE=$(CURDIR)/.lab/coverage/data $(BIN)/coverage run -m pytest -q $(or $(ARGS),runtime/tests)
+	COVERAGE_FILE=$(CURDIR)/.lab/coverage/data $(BIN)/coverage combine --quiet
+	COVERAGE_FILE=$(CURDIR)/.lab/coverage/data $(BIN)/coverage report --fail-under=90
 
 molecule: $(VENV)/test ## The quickstart on Debian 12, the lab of several hosts on Debian 13
 	PATH="$(CURDIR)/$(BIN):$$PATH" molecule/run
