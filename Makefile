@@ -52,8 +52,8 @@ lint: $(VENV)/test ## Lint and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	cd runtime && ../$(BIN)/mypy
 
-# The tests start servers of their own from these packages.
-SERVERS := redis-server rabbitmq-server
+# The tests start servers of their own from these packages, and make certificates.
+SERVERS := redis-server rabbitmq-server openssl
 unit: $(VENV)/test ## Unit tests of the plugins and the runtime package; the roles' documentation
 	@dpkg-query --show $(SERVERS) >/dev/null 2>&1 || { apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SERVERS) >/dev/null; }
