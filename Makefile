@@ -11,7 +11,7 @@ WORKER  = $(shell $(BIN)/ansible -i inventories/$(ENV) --list-hosts 'celery_work
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help deploy demo status ssh secrets destroy test lint unit coverage molecule docs clean
+.PHONY: help deploy demo status ssh secrets destroy test lint unit coverage molecule drills docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -67,6 +67,14 @@ coverage: $(VENV)/test ## How much of the runtime package its tests run
 
 molecule: $(VENV)/test ## The quickstart on Debian 12, the lab of several hosts on Debian 13
 	PATH="$(CURDIR)/$(BIN):$$PATH" molecule/run
+
+DRILLS := molecule/lab/inventory
+drills: $(VENV)/test ## Break a lab of five hosts again and again under a stream of tasks; print what became of them
+	@rm -f .lab/drills.txt
+	$(BIN)/ansible-playbook -i $(DRILLS) playbooks/lab.yml
+	$(BIN)/ansible-playbook -i $(DRILLS) site.yml
+	DRILLS=full $(BIN)/pytest -v --ansible-inventory=$(DRILLS) --connection=ansible molecule/lab/tests/test_faults.py; \
+	  passed=$$?; cat .lab/drills.txt; $(BIN)/ansible-playbook -i $(DRILLS) playbooks/lab.yml -e lab_state=absent; exit $$passed
 
 docs: $(VENV)/test ## Write the variables' tables in the roles' READMEs
 	@for role in roles/*/; do $(BIN)/aar-doc --output-template docs/role-variables.md.j2 $$role markdown; done

@@ -423,6 +423,10 @@ def test_several_hosts_with_beat_share_a_lock(judge: Judge) -> None:
     problem = judge({"celery_beat_max_interval": 60}, worker_hosts=hosts, beat_hosts=hosts).about("celery_beat_max_interval")
     assert problem.allowed == "at most 10 seconds with RedBeat, whose lock runs out 30 seconds after a tick"
 
+    without_redis = {"celery_app_broker_url": "amqp://orders@rabbit:5672/orders", "celery_app_result_backend": ""}
+    problem = judge(without_redis, worker_hosts=hosts, beat_hosts=hosts).about("celery_beat_scheduler")
+    assert "any other where neither broker nor result backend is Redis" in problem.allowed
+
 
 THREE = ("one", "two", "three")
 REPLICATED = {

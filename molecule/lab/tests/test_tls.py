@@ -238,6 +238,13 @@ def test_the_authority_is_replaced_while_hosts_keep_trusting_each_other(node: No
     assert trusts(node, peer)
 
 
+def test_a_service_that_still_has_another_authority_is_told_of(node: Node) -> None:
+    output = node.run_playbook("--tags=redis", f"--limit={name_of(node)}")
+    assert output.returncode == 2
+    assert "on this host does not talk to it" in output.stdout
+    assert "restart it on all hosts: systemctl restart" in output.stdout
+
+
 def test_another_run_and_a_check_find_nothing_to_do(node: Node) -> None:
     assert run(node) == []
     assert run(node, "--check", "--diff") == []

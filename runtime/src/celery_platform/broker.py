@@ -18,9 +18,9 @@ from celery_platform.settings import Settings
 
 #: Seconds. kombu's defaults wait for ever on a half-open connection (research: celery.md, 2.1 and 3.1). A frozen Redis is
 #: given up after SOCKET_TIMEOUT by who sends a task, and after twice the interval of health checks by who waits for one;
-#: sooner with Sentinel, which has named another master by then.
+#: sooner with Sentinel, which has named another master by then: so long after the time that replicas have for a publish.
 SOCKET_TIMEOUT = 10
-SENTINEL_SOCKET_TIMEOUT = 5
+SENTINEL_SOCKET_TIMEOUT = 2
 CONNECT_TIMEOUT = 5
 HEALTH_CHECK_INTERVAL = 5
 SENTINEL_HEALTH_CHECK_INTERVAL = 2
@@ -128,7 +128,7 @@ def _result_config(settings: Settings) -> dict[str, Any]:
     config: dict[str, Any] = {"result_backend": with_password(url, settings.result_backend_password)}
     if url.startswith(("redis", "sentinel")):
         config["result_backend_transport_options"] = _redis_options(settings, url) | {"retry_policy": {"timeout": 5.0}}
-        config["redis_socket_timeout"] = socket_timeout(url)
+        config["redis_socket_timeout"] = socket_timeout(settings, url)
         config["redis_socket_connect_timeout"] = CONNECT_TIMEOUT
         config["redis_socket_keepalive"] = True
         config["redis_backend_health_check_interval"] = _health_check_interval(url)
@@ -137,9 +137,9 @@ def _result_config(settings: Settings) -> dict[str, Any]:
     return config
 
 
-def socket_timeout(url: str) -> int:
+def socket_timeout(settings: Settings, url: str) -> int:
     """Return how many seconds a command may take with the Redis behind a URL of the settings."""
-    return SENTINEL_SOCKET_TIMEOUT if url.startswith("sentinel") else SOCKET_TIMEOUT
+    return settings.confirm_timeout + SENTINEL_SOCKET_TIMEOUT if url.startswith("sentinel") else SOCKET_TIMEOUT
 
 
 def _health_check_interval(url: str) -> int:
@@ -150,7 +150,7 @@ def _redis_options(settings: Settings, url: str) -> dict[str, Any]:
     options: dict[str, Any] = {
         "global_keyprefix": settings.key_prefix,
         "visibility_timeout": settings.visibility_timeout,
-        "socket_timeout": socket_timeout(url),
+        "socket_timeout": socket_timeout(settings, url),
         "socket_connect_timeout": CONNECT_TIMEOUT,
         "socket_keepalive": True,
         "health_check_interval": _health_check_interval(url),

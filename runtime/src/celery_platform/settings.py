@@ -106,7 +106,7 @@ class Settings(BaseSettings):
     redis_transport: Literal["atomic", "kombu"] = "atomic"
     #: With `atomic`: replicas that must have a message before its publish returns, and seconds that they have for it.
     confirm_replicas: Annotated[int, Field(ge=0)] = 0
-    confirm_timeout: Annotated[int, Field(gt=0, le=8)] = 5
+    confirm_timeout: Annotated[int, Field(gt=0, le=8)] = 3
 
     # --- Queues ---
     default_queue: str = "default"
