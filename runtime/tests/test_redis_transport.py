@@ -520,6 +520,21 @@ def test_a_publish_waits_for_its_replica(servers: Servers) -> None:
         assert wait_for("the replica", lambda: servers.client(replica).llen("work") == 2)
 
 
+def test_a_publish_is_tried_again_when_its_master_is_demoted(servers: Servers) -> None:
+    master = servers.redis()
+    replica = servers.redis(replica_of=master)
+    with connect(f"redis://127.0.0.1:{master}", confirm_replicas=1, confirm_timeout=8) as connection:
+        send(connection, "confirmed")
+        servers.running[replica].send_signal(signal.SIGSTOP)
+        demote = threading.Timer(0.5, servers.client(master).replicaof, ["127.0.0.1", str(free_port())])
+        demote.start()
+        # Of the errors that are tried again; Sentinel names another master by then.
+        with pytest.raises(Unconfirmed, match="UNBLOCKED"):
+            send(connection, "on a master no more")
+        demote.join()
+        servers.running[replica].send_signal(signal.SIGCONT)
+
+
 def test_a_publish_is_tried_as_often_as_its_policy_says(redis_url: str, server: redis.Redis) -> None:
     """kombu gives up at the second error in a row, however short the time and whatever the policy."""
     done = threading.Event()

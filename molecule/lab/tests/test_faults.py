@@ -128,5 +128,4 @@ def drill(cluster: Cluster, fault: Fault, name: str = "") -> Report:
     with (REPOSITORY / ".lab/drills.txt").open("a") as table:
         table.write(f"{name or fault.__name__.replace('_', ' ')}: {report}\n")
     assert report.acknowledged > 200, report.refused
-    print(set(report.refused))
     return report

@@ -137,18 +137,17 @@ def test_passwords_change_and_redis_restarts_while_tasks_flow(cluster: Cluster) 
         for password in (old["vault_celery_redis_password"], new["vault_celery_redis_password"]):
             assert all(cluster.client(name, port, "orders", password).ping() for name in cluster.nodes for port in (REDIS, SENTINEL))
 
-        cluster.application.converge("-e", json.dumps(settings | {"redis_users": rolled}))
+        cluster.application.converge(ONLY_REDIS, "-e", json.dumps(settings | {"redis_users": rolled}))
         for name in cluster.nodes:
             for port in (REDIS, SENTINEL):
                 with pytest.raises(redis.AuthenticationError):
                     cluster.client(name, port, "orders", old["vault_celery_redis_password"]).ping()
                 assert cluster.client(name, port, "orders", new["vault_celery_redis_password"]).ping()
     finally:
-        # Back: the old ones are now the new ones.
+        # Back: the old ones are now the new ones, and Redis restarts once more.
         returned = [user | {"password": old[name], "previous_password": new[name]} for user in USERS for name in [secret[user["name"]]]]
         back = {"redis_users": returned, "redis_previous_requirepass": new["vault_redis_requirepass"]}
         cluster.application.converge("-e", json.dumps(back))
-        cluster.application.converge(ONLY_REDIS)
     cluster.replicas_follow()
 
 

@@ -112,8 +112,8 @@ class Unconfirmed(OperationalError):
 
 
 def _passes(error: Exception) -> bool:
-    """Tell whether Redis refuses writes for a while only: for want of replicas, memory or disk."""
-    return isinstance(error, exceptions.OutOfMemoryError) or str(error).startswith(("NOREPLICAS", "MISCONF"))
+    """Tell whether Redis refuses writes for a while only: for want of replicas, memory or disk, or while it becomes a replica."""
+    return isinstance(error, exceptions.OutOfMemoryError) or str(error).startswith(("NOREPLICAS", "MISCONF", "UNBLOCKED"))
 
 
 def _unreadable(text: bytes, tag: str, queue: str) -> dict[str, Any]:
