@@ -622,6 +622,19 @@ def test_an_unknown_kombu_is_refused_with_the_way_back(shop: Site, monkeypatch: 
 # --- Sentinel ---
 
 
+def test_a_master_that_lost_its_replicas_is_left_for_another(servers: Servers) -> None:
+    """As after a partition, when Sentinel has another master and has not yet told the old one."""
+    old, new = servers.redis(), servers.redis()
+    sentinel = servers.sentinel(old)
+    with connect(f"sentinel://127.0.0.1:{sentinel}", f"{redis_transport.__name__}:SentinelTransport", master_name=MASTER) as connection:
+        send(connection, "to the old one")
+        servers.client(old).config_set("min-replicas-to-write", 1)
+        servers.client(sentinel).sentinel_remove(MASTER)
+        servers.client(sentinel).sentinel_monitor(MASTER, "127.0.0.1", new, 2)
+        send(connection, "to the new one", retry=True, retry_policy={"max_retries": 5, "interval_start": 0.1})
+    assert servers.client(new).llen("work") == 1
+
+
 def test_a_killed_master_loses_no_confirmed_task(shop: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "servers"
     folder.mkdir()

@@ -415,6 +415,8 @@ class SentinelTransport(_Transport, base.SentinelTransport):
     """For sentinel://."""
 
     Channel = SentinelChannel
+    # A master without its replicas may not be the master any more: connecting again asks Sentinel who is.
+    recoverable_connection_errors = (*base.Transport.connection_errors, Unconfirmed)
 
 
 ALIASES = {"redis": Transport, "rediss": Transport, "sentinel": SentinelTransport}
