@@ -6,14 +6,28 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: rabbitmq_forget
 short_description: Take nodes that are no longer wanted out of a RabbitMQ cluster
-description: One that still runs is stopped first, unless a quorum queue would lose its majority by that. To be run on one node.
+description:
+  - One that still runs is stopped first, unless a quorum queue would lose its majority by that. To be run on one node.
 options:
   node: {description: Name of the node that it is run on., type: str, required: true}
   nodes: {description: Names of all nodes that are wanted., type: list, elements: str, required: true}
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.rabbitmq_cli import Rabbit, RabbitError
+from ansible.module_utils.rabbitmq_cli import START_TIME, Rabbit, RabbitError
+
+
+def forget(rabbit: Rabbit, node: str, runs: bool) -> None:
+    """Take a node out of the cluster and of all its queues, once the queues can do without it.
+
+    Raises:
+        RabbitError: if they cannot.
+    """
+    if runs:
+        old = rabbit.at(node)
+        old.await_dispensable(START_TIME)
+        old("stop_app")
+    rabbit("forget_cluster_node", node)
 
 
 def main() -> None:
@@ -28,18 +42,11 @@ def main() -> None:
     rabbit = Rabbit(module, module.params["node"])
     status = rabbit.status()
     if status is None:
-        module.fail_json(msg=f"{rabbit.node} does not run. Look at: journalctl -u rabbitmq-server")
+        module.fail_json(msg=f"{rabbit.node} does not serve. Look at: journalctl -u rabbitmq-server")
     forgotten = sorted(set(status["nodes"]) - set(module.params["nodes"]))
     try:
         for node in forgotten if not module.check_mode else []:
-            old = rabbit.at(node)
-            if node in status["running_nodes"]:
-                if problem := old.is_critical():
-                    raise RabbitError(f"{node} stays in the cluster, since queues need it: {problem}")
-                old("stop_app")
-            elif len(status["running_nodes"]) * 2 <= len(status["nodes"]):
-                raise RabbitError(f"{node} stays in the cluster, since only {', '.join(status['running_nodes'])} of it run")
-            rabbit("forget_cluster_node", node)
+            forget(rabbit, node, node in status["running_nodes"])
     except RabbitError as error:
         module.fail_json(msg=str(error))
     module.exit_json(changed=bool(forgotten), forgotten=forgotten)

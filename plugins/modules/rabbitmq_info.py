@@ -9,14 +9,13 @@ short_description: Tell which RabbitMQ a host has, and which cluster its node se
 description: Changes nothing.
 options:
   node: {description: The node's name., type: str, required: true}
-  package: {description: Name of the package., type: str, default: rabbitmq-server}
-  cookie_file: {description: File with the cookie., type: path, default: /var/lib/rabbitmq/.erlang.cookie}
+  package: {description: "Name of the package, to tell its versions: installed, candidate.", type: str}
+  cookie: {description: The cookie that all nodes shall have., type: str}
+  cookie_file: {description: File with the cookie that the node has., type: path}
 """
 
-import hashlib
 import re
 from pathlib import Path
-from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.rabbitmq_cli import Rabbit
@@ -34,17 +33,20 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "node": {"type": "str", "required": True},
-            "package": {"type": "str", "default": "rabbitmq-server"},
-            "cookie_file": {"type": "path", "default": "/var/lib/rabbitmq/.erlang.cookie"},
+            "package": {"type": "str"},
+            "cookie": {"type": "str", "no_log": True},
+            "cookie_file": {"type": "path"},
         },
         supports_check_mode=True,
     )
-    node, cookie = module.params["node"], Path(module.params["cookie_file"])
-    result: dict[str, Any] = {"node": node, "running": False, "nodes": [], "running_nodes": [], "holds_anything": False}
-    result |= versions(module, module.params["package"])
-    result["cookie_hash"] = hashlib.sha256(cookie.read_bytes().strip()).hexdigest() if cookie.exists() else ""
-    if result["installed"] and (status := (rabbit := Rabbit(module, node)).status()):
-        result |= status | {"running": True, "holds_anything": rabbit.holds_anything()}
+    arguments = module.params
+    result = {"node": arguments["node"], "running": False, "nodes": [], "running_nodes": [], "cookie_differs": False}
+    if arguments["package"]:
+        result |= versions(module, arguments["package"])
+    if arguments["cookie_file"] and (cookie := Path(arguments["cookie_file"])).exists():
+        result["cookie_differs"] = cookie.read_text().strip() != arguments["cookie"]
+    if status := Rabbit(module, arguments["node"]).status():
+        result |= status | {"running": True}
     module.exit_json(changed=False, **result)
 
 
