@@ -7,7 +7,6 @@ import json
 import socket
 import ssl
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,60 +20,6 @@ from nodes import Node, wait_for
 
 REDIS, SENTINEL = 6379, 26379
 MASTER = "celery"
-
-
-#: Sends tasks as a web application would, until a file appears; prints what became of them.
-STREAM = """
-import json, pathlib, sys, time, traceback
-from celery_platform.worker import app
-
-stop = pathlib.Path(sys.argv[1])
-results, refused, longest, last = [], [], 0.0, time.monotonic()
-while not stop.exists():
-    try:
-        results.append(app.send_task("orders.tasks.send_email", (len(results),)))
-    except Exception:
-        refused.append(traceback.format_exc())
-    else:
-        longest, last = max(longest, time.monotonic() - last), time.monotonic()
-    time.sleep(0.05)
-end = time.monotonic() + 60
-missing = results
-while missing and time.monotonic() < end:
-    missing = [result for result in missing if not result.ready()]
-    time.sleep(0.5)
-failed = [result.id for result in results if result not in missing and not result.successful()]
-report = {"sent": len(results), "refused": refused, "longest": longest, "failed": failed, "missing": [result.id for result in missing]}
-print(json.dumps(report))
-"""
-
-
-class Stream:
-    """Tasks that are sent twenty times a second from the application's host, while something happens."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self._stop = f"/var/lib/celery/stop-{time.monotonic_ns()}"  # /tmp is another one for it
-        command = ["ssh", "-i", node.variables["ansible_ssh_private_key_file"], *node.variables["ansible_ssh_common_args"].split()]
-        command += [f"root@{node.address}", "celery-exec", "python", "-", self._stop]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert self._process.stdin
-        self._process.stdin.write(STREAM)
-        self._process.stdin.close()
-        self._process.stdin = None
-
-    def goes_on(self) -> None:
-        """Wait until forty more tasks have run."""
-        log = self._node.host.file("/var/log/celery/critical.log")
-        before = log.content_string.count(" email for order ")
-        wait_for("more tasks", lambda: log.content_string.count(" email for order ") >= before + 40, seconds=60, every=1)
-
-    def report(self) -> dict[str, Any]:
-        """End the stream; return how many tasks were sent, and which were refused, failed, or have no result."""
-        self._node.host.check_output("touch %s", self._stop)
-        out, errors = self._process.communicate(timeout=120)
-        assert self._process.returncode == 0, errors
-        return dict(json.loads(out.splitlines()[-1]))
 
 
 class Cluster:

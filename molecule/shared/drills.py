@@ -14,22 +14,33 @@ from typing import IO, Any
 
 from nodes import Node, wait_for
 
-#: Sends tasks until its standard input ends; each line is one publish: id or error, time, seconds that it took.
+#: Sends tasks until its standard input ends; each line is one publish: id or error, time, seconds that it took. The last
+#: line says which results there are, if they are asked for: none within a minute, or an error.
 PRODUCER = """
 import json, sys, threading, time
 from celery_platform.worker import app
+rate, with_results = float(sys.argv[1]), sys.argv[2] == "True"
 stop = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
-number = 0
+number, results = 0, []
 while not stop.is_set():
     number += 1
     begun = time.time()
     try:
-        told = {"id": app.send_task("orders.tasks.send_email", (number,), ignore_result=True).id}
+        result = app.send_task("orders.tasks.send_email", (number,), ignore_result=not with_results)
+        told = {"id": result.id}
+        results.append(result)
     except Exception as error:
         told = {"error": repr(error)}
     print(json.dumps(told | {"time": begun, "took": time.time() - begun}), flush=True)
-    stop.wait(max(0, begun + 1 / %d - time.time()))
+    stop.wait(max(0, begun + 1 / rate - time.time()))
+end = time.monotonic() + 60
+missing = results if with_results else []
+while missing and time.monotonic() < end:
+    missing = [result for result in missing if not result.ready()]
+    time.sleep(0.5)
+failed = [result.id for result in results if with_results and result not in missing and not result.successful()]
+print(json.dumps({"missing": [result.id for result in missing], "failed": failed}))
 """
 
 
@@ -37,18 +48,21 @@ while not stop.is_set():
 class Report:
     """What became of a stream of tasks."""
 
-    #: Tasks that the broker acknowledged to the producer, and how often sending one was an error.
+    #: Tasks that the broker acknowledged to the producer, and the errors of sending others.
     acknowledged: int
-    refused: int
+    refused: list[str]
     lost: list[str]
     duplicated: int
+    #: Tasks without a result, and with an error as their result, if results were asked for.
+    without_result: list[str]
+    failed: list[str]
     #: Seconds: the longest publish, and the longest time in which no task ended.
     longest_publish: float
     longest_pause: float
 
     def __str__(self) -> str:
         return (
-            f"acknowledged {self.acknowledged}, refused {self.refused}, lost {len(self.lost)}, duplicated {self.duplicated}, "
+            f"acknowledged {self.acknowledged}, refused {len(self.refused)}, lost {len(self.lost)}, duplicated {self.duplicated}, "
             f"longest publish {self.longest_publish:.1f} s, longest pause {self.longest_pause:.1f} s"
         )
 
@@ -61,17 +75,22 @@ class Stream:
         producer: the host that sends.
         workers: the hosts whose logs tell what ran.
         rate: tasks per second.
+        results: whether the producer also waits for each result.
+        environment: settings that the producer has for itself, as NAME=value.
     """
 
     producer: Node
     workers: Sequence[Node]
     rate: int = 50
+    results: bool = False
+    environment: Sequence[str] = ()
     process: subprocess.Popen[str] = field(init=False)
     output: IO[str] = field(init=False)
 
     def __enter__(self) -> Stream:
         """Begin to send, and wait until tasks run."""
-        command = self.producer.ssh("celery-exec", "python", "-c", PRODUCER % self.rate)
+        arguments = [PRODUCER, str(self.rate), str(self.results)]
+        command = self.producer.ssh("celery-exec", "env", *self.environment, "python", "-c", *arguments)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout
         self.output = self.process.stdout
@@ -93,10 +112,15 @@ class Stream:
                     found.setdefault(id[1], []).append(datetime.fromisoformat(line.split()[0]).timestamp())
         return found
 
+    def goes_on(self) -> None:
+        """Wait until a hundred more tasks have ended."""
+        before = len(self.ended())
+        wait_for("more tasks", lambda: len(self.ended()) >= before + 100, seconds=60, every=1)
+
     def report(self, seconds: float = 60) -> Report:
         """Stop sending; return what became of the tasks, once all ran or so many seconds are over."""
         rest, _ = self.process.communicate(timeout=120)
-        sent = [json.loads(line) for line in rest.splitlines()]
+        *sent, results = (json.loads(line) for line in rest.splitlines())
         acknowledged = {entry["id"] for entry in sent if "id" in entry}
         end = time.monotonic() + seconds
         while (missing := acknowledged - (ended := self.ended()).keys()) and time.monotonic() < end:
@@ -104,9 +128,11 @@ class Stream:
         times = sorted(time for id in acknowledged & ended.keys() for time in ended[id])
         return Report(
             acknowledged=len(acknowledged),
-            refused=sum("error" in entry for entry in sent),
+            refused=[entry["error"] for entry in sent if "error" in entry],
             lost=sorted(missing),
             duplicated=sum(len(ended[id]) - 1 for id in acknowledged & ended.keys()),
+            without_result=results["missing"],
+            failed=results["failed"],
             longest_publish=max(entry["took"] for entry in sent),
             longest_pause=max(later - earlier for earlier, later in pairwise(times)),
         )

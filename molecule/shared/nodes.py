@@ -37,6 +37,17 @@ class Node:
         key, options = self.variables["ansible_ssh_private_key_file"], self.variables["ansible_ssh_common_args"].split()
         return ["ssh", "-i", key, *options, f"root@{self.address}", shlex.join(command)]
 
+    def booted(self) -> None:
+        """Wait until the host has booted, and none of its units has failed."""
+
+        def up() -> bool:
+            try:
+                return self.host.run("systemctl is-system-running").rc == 0
+            except RuntimeError:
+                return False  # ssh is not there yet
+
+        wait_for("the host", up, seconds=60)
+
     def celery_python(self, script: str) -> str:
         """Run a Python script as the application's services run; it has the application as `app`. Return what it prints."""
         script = f"from celery_platform.worker import app\n{script}"

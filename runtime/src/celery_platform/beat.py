@@ -25,7 +25,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
     if store is None:
         return {}
     url = broker.with_password(*store)
-    options: dict[str, Any] = {"retry_period": RETRY_PERIOD, "socket_timeout": broker.SOCKET_TIMEOUT}
+    options: dict[str, Any] = {"retry_period": RETRY_PERIOD, "socket_timeout": broker.socket_timeout(url)}
     tls = broker.redis_tls(settings, url)
     if url.startswith("sentinel"):
         hosts = [urlsplit(one) for one in url.split(";")]

@@ -7,6 +7,8 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import redis
+from celery import Celery
+from kombu import connection
 from pydantic import SecretStr
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -15,14 +17,33 @@ from redis.sentinel import Sentinel
 from celery_platform.settings import Settings
 
 #: Seconds. kombu's defaults wait for ever on a half-open connection (research: celery.md, 2.1 and 3.1). A frozen Redis is
-#: given up after SOCKET_TIMEOUT by who sends a task, and after twice the interval of health checks by who waits for one.
+#: given up after SOCKET_TIMEOUT by who sends a task, and after twice the interval of health checks by who waits for one;
+#: sooner with Sentinel, which has named another master by then.
 SOCKET_TIMEOUT = 10
+SENTINEL_SOCKET_TIMEOUT = 5
 CONNECT_TIMEOUT = 5
 HEALTH_CHECK_INTERVAL = 5
+SENTINEL_HEALTH_CHECK_INTERVAL = 2
 #: The same for RabbitMQ, whose heartbeats find a dead connection sooner.
 RABBITMQ_TIMEOUT = 30
 #: Seconds until a publisher takes a message for lost that RabbitMQ does not confirm: longer than the election of a leader.
 CONFIRM_TIMEOUT = 30
+#: Seconds between two looks for a lost broker: at first, by how much more each time, and at most. Celery leaves kombu's
+#: 2, 4, 6 … 30, by which a worker finds the new master of a failover seconds after the producers did.
+LOOK_INTERVAL = {"interval_start": 0.5, "interval_step": 0.1, "interval_max": 5}
+
+
+class Connection(connection.Connection):
+    """A connection that finds its broker soon after it is there again."""
+
+    def ensure_connection(self, *args: Any, **options: Any) -> Any:
+        """Connect as kombu does, but look more often unless told how often."""
+        return super().ensure_connection(*args, **(LOOK_INTERVAL if len(args) < 3 else {}) | options)  # type: ignore[no-untyped-call]
+
+
+def install(app: Celery, _: Settings) -> None:
+    """Let an application use such connections."""
+    app.amqp.Connection = Connection
 
 
 def with_password(url: str, password: SecretStr | None) -> str:
@@ -107,23 +128,32 @@ def _result_config(settings: Settings) -> dict[str, Any]:
     config: dict[str, Any] = {"result_backend": with_password(url, settings.result_backend_password)}
     if url.startswith(("redis", "sentinel")):
         config["result_backend_transport_options"] = _redis_options(settings, url) | {"retry_policy": {"timeout": 5.0}}
-        config["redis_socket_timeout"] = SOCKET_TIMEOUT
+        config["redis_socket_timeout"] = socket_timeout(url)
         config["redis_socket_connect_timeout"] = CONNECT_TIMEOUT
         config["redis_socket_keepalive"] = True
-        config["redis_backend_health_check_interval"] = HEALTH_CHECK_INTERVAL
+        config["redis_backend_health_check_interval"] = _health_check_interval(url)
         if tls := redis_tls(settings, url):
             config["redis_backend_use_ssl"] = tls
     return config
+
+
+def socket_timeout(url: str) -> int:
+    """Return how many seconds a command may take with the Redis behind a URL of the settings."""
+    return SENTINEL_SOCKET_TIMEOUT if url.startswith("sentinel") else SOCKET_TIMEOUT
+
+
+def _health_check_interval(url: str) -> int:
+    return SENTINEL_HEALTH_CHECK_INTERVAL if url.startswith("sentinel") else HEALTH_CHECK_INTERVAL
 
 
 def _redis_options(settings: Settings, url: str) -> dict[str, Any]:
     options: dict[str, Any] = {
         "global_keyprefix": settings.key_prefix,
         "visibility_timeout": settings.visibility_timeout,
-        "socket_timeout": SOCKET_TIMEOUT,
+        "socket_timeout": socket_timeout(url),
         "socket_connect_timeout": CONNECT_TIMEOUT,
         "socket_keepalive": True,
-        "health_check_interval": HEALTH_CHECK_INTERVAL,
+        "health_check_interval": _health_check_interval(url),
     }
     if url.startswith("sentinel"):
         options |= {"master_name": settings.sentinel_master, "sentinel_kwargs": sentinel_options(settings)}

@@ -12,6 +12,7 @@ from celery.app.utils import find_app
 
 from celery_platform import (
     alerts,
+    broker,
     configuration,
     dead_letters,
     guards,
@@ -37,7 +38,7 @@ def load() -> Celery:
     settings = load_settings()
     app: Celery = find_app(settings.application)
     configuration.apply(app, settings)
-    for part in (guards, redis_transport, limits, serialization, logs, systemd, resilience, dead_letters, alerts):
+    for part in (broker, guards, redis_transport, limits, serialization, logs, systemd, resilience, dead_letters, alerts):
         part.install(app, settings)
     return app
 
