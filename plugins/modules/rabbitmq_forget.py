@@ -7,7 +7,7 @@ DOCUMENTATION = r"""
 module: rabbitmq_forget
 short_description: Take nodes that are no longer wanted out of a RabbitMQ cluster
 description:
-  - One that still runs is stopped first, unless a quorum queue would lose its majority by that. To be run on one node.
+  - One that still runs is stopped and emptied, unless a quorum queue would lose its majority by that. To be run on one node.
 options:
   node: {description: Name of the node that it is run on., type: str, required: true}
   nodes: {description: Names of all nodes that are wanted., type: list, elements: str, required: true}
@@ -23,11 +23,14 @@ def forget(rabbit: Rabbit, node: str, runs: bool) -> None:
     Raises:
         RabbitError: if they cannot.
     """
+    old = rabbit.at(node)
     if runs:
-        old = rabbit.at(node)
         old.await_dispensable(START_TIME)
         old("stop_app")
     rabbit("forget_cluster_node", node)
+    if runs:
+        # It knows nothing of the cluster any more, and could join it again.
+        old("force_reset")
 
 
 def main() -> None:

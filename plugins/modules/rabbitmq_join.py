@@ -76,6 +76,9 @@ def main() -> None:
     rabbit = Rabbit(module, module.params["node"])
     known = {info["node"]: info for info in module.params["known"]}
     try:
+        if not known[rabbit.node]["running"] and not module.check_mode:
+            # A run that stopped in between, or that took the node out of the cluster, left it so.
+            rabbit("start_app", seconds=START_TIME)
         target = target_of(rabbit, module.params["nodes"], known)
         if not module.check_mode:
             rabbit("eval", f'inet_db:add_rc("{module.params["names_file"]}").')
