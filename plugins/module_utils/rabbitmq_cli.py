@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -78,11 +79,7 @@ class Rabbit:
         Raises:
             RabbitError: if it does not in START_TIME.
         """
-        end = time.monotonic() + START_TIME
-        while not self.status():
-            if time.monotonic() > end:
-                raise RabbitError(f"{self.node} does not serve after {START_TIME} seconds")
-            time.sleep(1)
+        wait_for(lambda: self.status() is not None, START_TIME, f"{self.node} does not serve")
         self("await_startup", seconds=START_TIME)
 
     def await_dispensable(self, seconds: int) -> None:
@@ -92,3 +89,16 @@ class Rabbit:
             RabbitError: if they have not in so many seconds.
         """
         self("await_online_quorum_plus_one", tool="rabbitmq-upgrade", seconds=seconds)
+
+
+def wait_for(found: Callable[[], bool], seconds: float, problem: str) -> None:
+    """Return once a function returns true; ask each second.
+
+    Raises:
+        RabbitError: with this problem, if it does not in so many seconds.
+    """
+    end = time.monotonic() + seconds
+    while not found():
+        if time.monotonic() > end:
+            raise RabbitError(f"{problem} within {seconds:.0f} seconds")
+        time.sleep(1)
