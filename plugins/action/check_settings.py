@@ -30,7 +30,7 @@ MIN_SECRET_LENGTH = 24
 #: Words that mark a secret as an example that was never replaced.
 EXAMPLE_WORDS = ("changeme", "change_me", "change-me", "password", "example", "secret", "default", "replace")
 #: A variable or key with such a name holds a secret of ours.
-SECRET_NAME = re.compile(r"(^|_)(password|requirepass|passphrase)$")
+SECRET_NAME = re.compile(r"(^|_)(password|requirepass|passphrase|cookie)$")
 #: Releases of Debian that the tests run on.
 SUPPORTED_DEBIAN = ("12", "13")
 #: How alike a name must be to a known one to be taken for a typing error (difflib's ratio, 0 to 1).

@@ -90,6 +90,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         config["broker_transport_options"] = {
             "confirm_publish": True,
             "confirm_timeout": CONFIRM_TIMEOUT,  # guards.py
+            "declare": settings.declare_queues,  # guards.py
             "read_timeout": RABBITMQ_TIMEOUT,
             "write_timeout": RABBITMQ_TIMEOUT,
         }

@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 #: What the transport's classes below override. If one is no longer there, nothing would call ours.
 OVERRIDDEN = (
     (pyamqp.Channel, "basic_publish_confirm"),
+    (pyamqp.Channel, "exchange_bind"),
+    (pyamqp.Channel, "exchange_declare"),
+    (pyamqp.Channel, "queue_bind"),
+    (pyamqp.Channel, "queue_declare"),
     (pyamqp.Connection, "drain_events"),
     (pyamqp.Connection, "blocking_read"),
     (pyamqp.Transport, "establish_connection"),
@@ -51,7 +55,7 @@ def install(app: Celery, settings: Settings) -> None:
     if settings.uses_rabbitmq:
         check_queue_names(settings)
         use_transport()
-        delay_safely(app)
+        delay_safely(app, settings.declare_queues)
 
 
 def check_queue_names(settings: Settings) -> None:
@@ -78,22 +82,67 @@ def check_queue_names(settings: Settings) -> None:
 class Channel(pyamqp.Channel):
     """A channel that waits for a confirmation only so long."""
 
-    def basic_publish_confirm(self, *args: Any, confirm_timeout: float | None = None, **options: Any) -> Any:
+    def basic_publish_confirm(self, message: Any, *args: Any, confirm_timeout: float | None = None, **options: Any) -> Any:
         """Publish a message and wait for its confirmation, at most `confirm_timeout` seconds (default: the connection's).
 
         py-amqp waits for ever (amqp/channel.py, basic_publish_confirm) unless each caller says how long, and then does
-        not close the channel: a late confirmation is taken for the next message's. Can go when it has a default.
+        not close the channel: a late confirmation is taken for the next message's. So is that of a message that RabbitMQ
+        gives back since no queue takes it. Can go when it has a default, and waits for that confirmation, too.
+
+        A task that expires is left to its worker, which tells so: RabbitMQ would make a dead letter of it. Can go when
+        Celery (celery/app/base.py, send_task) does not tell both, or a policy can keep it from dead letters.
 
         Raises:
             TimeoutError: if none came in time; kombu takes that for a lost connection, and tries again.
+            amqp.exceptions.MessageNacked: if the queue does not take it, say for lack of a majority; kombu tries again.
+            amqp.exceptions.ChannelError: if it is mandatory (queues.py), and there is no queue for it.
         """
+        if "task" in (message.properties.get("application_headers") or {}):
+            message.properties.pop("expiration", None)
         timeout = confirm_timeout or options.get("timeout") or self.connection.confirm_timeout
+        returned: list[Exception] = []
+
+        def note(error: Exception, *_: Any) -> None:
+            returned.append(error)
+
+        self.events["basic_return"].add(note)
         try:
-            return super().basic_publish_confirm(*args, confirm_timeout=timeout, **options)
+            result = super().basic_publish_confirm(message, *args, confirm_timeout=timeout, **options)
         except TimeoutError:
             if self.connection is not None:
                 self.connection.collect()
             raise
+        finally:
+            self.events["basic_return"].discard(note)
+        if returned:
+            raise returned[0]
+        return result
+
+    def exchange_declare(self, exchange: str, type: str, passive: bool = False, durable: bool = False, **options: Any) -> Any:
+        """Declare an exchange that is not durable; others are there."""
+        if self.connection.declare or passive or not durable:
+            return super().exchange_declare(exchange, type, passive, durable, **options)
+        return None
+
+    def exchange_bind(self, *arguments: Any, **options: Any) -> Any:
+        """Bind nothing if all bindings of exchanges are there."""
+        return super().exchange_bind(*arguments, **options) if self.connection.declare else None
+
+    def queue_declare(self, queue: str = "", passive: bool = False, durable: bool = False, **options: Any) -> Any:
+        """Declare a queue that is not durable; see that others are there.
+
+        Raises:
+            amqp.exceptions.NotFound: if one is not.
+        """
+        passive = passive or (durable and not self.connection.declare)
+        declared = super().queue_declare(queue, passive, durable, **options)
+        if not passive:
+            self.connection.own.add(queue or declared.queue)
+        return declared
+
+    def queue_bind(self, queue: str, *arguments: Any, **options: Any) -> Any:
+        """Bind a queue that is this connection's own; others are bound."""
+        return super().queue_bind(queue, *arguments, **options) if self.connection.declare or queue in self.connection.own else None
 
 
 class Connection(pyamqp.Connection):
@@ -101,9 +150,13 @@ class Connection(pyamqp.Connection):
 
     Channel = Channel
 
-    def __init__(self, *args: Any, confirm_timeout: float | None = None, **options: Any) -> None:
+    def __init__(self, *args: Any, confirm_timeout: float | None = None, declare: bool = True, **options: Any) -> None:
         super().__init__(*args, **options)
         self.confirm_timeout = confirm_timeout
+        #: False: RabbitMQ has all durable queues, exchanges and bindings already, and this user may not declare any.
+        self.declare = declare
+        #: Queues that are this connection's own.
+        self.own: set[str] = set()
 
     def drain_events(self, timeout: float | None = None) -> None:
         """Wait for a method of the broker, at most `timeout` seconds.
@@ -167,7 +220,7 @@ def use_transport() -> None:
 # --- Countdowns ---
 
 
-def delay_safely(app: Celery) -> None:
+def delay_safely(app: Celery, declares: bool = True) -> None:
     """Let a countdown or ETA of any length arrive, no earlier than asked for.
 
     With quorum queues (celery/app/base.py, send_task):
@@ -195,7 +248,7 @@ def delay_safely(app: Celery) -> None:
             if not options.get("retries"):
                 _check_exchange(app, options)
             # In a task, its worker has.
-            if app.current_worker_task is None:
+            if declares and app.current_worker_task is None:
                 declare()
         return send(name, args, kwargs, countdown, eta, *more, **options)
 

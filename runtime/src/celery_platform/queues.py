@@ -41,6 +41,8 @@ def _queue(name: str, settings: Settings) -> Queue:
 def router(settings: Settings) -> Any:
     """Return a router as Celery calls it: queue and priority of a task by its name."""
     priorities = {queue.name: queue.priority for queue in settings.queues}
+    # A message that no queue takes is an error for the sender, not lost.
+    common = {"mandatory": True} if settings.uses_rabbitmq else {}
 
     def route(name: str, args: Any, kwargs: Any, options: dict[str, Any], task: Any = None, **_: Any) -> dict[str, Any]:
         found = next((route for pattern, route in settings.routes.items() if fnmatch.fnmatchcase(name, pattern)), None)
@@ -48,7 +50,7 @@ def router(settings: Settings) -> Any:
         queue = options.get("queue") or addressed(options, priorities) or (found.queue if found else None) or settings.default_queue
         queue = getattr(queue, "name", queue)
         priority = found.priority if found and found.priority is not None else priorities.get(queue)
-        return {"queue": queue} | ({"priority": priority} if priority is not None else {})
+        return {"queue": queue} | common | ({"priority": priority} if priority is not None else {})
 
     return route
 

@@ -113,6 +113,8 @@ class Settings(BaseSettings):
     queues: list[QueueSetting] = [QueueSetting(name="default"), QueueSetting(name="critical"), QueueSetting(name="batch")]
     #: By task name; globs allowed, the first match wins.
     routes: dict[str, Route] = {}
+    #: False: RabbitMQ has them and all that Celery needs beside them (roles/rabbitmq), so that no user need be permitted to declare.
+    declare_queues: bool = True
 
     # --- Tasks ---
     #: Seconds until a task is told to stop, and until its process is killed.

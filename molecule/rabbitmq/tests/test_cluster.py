@@ -1,0 +1,287 @@
+"""RabbitMQ's nodes are one cluster whatever happens to one of them, and let in only whom they know, over TLS."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import ssl
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import amqp
+import pytest
+import yaml
+from authority import Authority
+from nodes import Node
+from rabbit import AMQPS, DISTRIBUTION, METRICS, SERVICE, VHOST, RabbitCluster
+
+testinfra_hosts = ["ansible://data1"]
+
+ONLY = "--tags=rabbitmq"
+QUEUE = "critical"
+NODES = ["rabbit@data1", "rabbit@data2", "rabbit@data3"]
+RESTARTED = "rabbitmq : Restart nodes for what cannot be changed while they run"
+
+
+def pids(cluster: RabbitCluster) -> dict[str, str]:
+    return {name: node.show(SERVICE, "MainPID")["MainPID"] for name, node in cluster.nodes.items()}
+
+
+@pytest.fixture
+def kept(cluster: RabbitCluster) -> Iterator[Callable[[], int]]:
+    """Put messages into a queue of the application that nobody consumes; return what counts those that are left."""
+    count = 200
+    connection = cluster.connect("data1", "administrator", cluster.secrets["vault_rabbitmq_administrator_password"], confirm_publish=True)
+    channel = connection.channel()
+    channel.queue_declare("test", durable=True, auto_delete=False, arguments={"x-queue-type": "quorum"})
+    for number in range(count):
+        channel.basic_publish(amqp.Message(str(number), delivery_mode=2), "", "test")
+    connection.close()
+
+    def left() -> int:
+        again = cluster.connect("data1", "administrator", cluster.secrets["vault_rabbitmq_administrator_password"])
+        got = 0
+        reader = again.channel()
+        while reader.basic_get("test", no_ack=True):
+            got += 1
+        again.close()
+        return got - count
+
+    yield left
+    cluster.ctl("data1", f"delete_queue --vhost={VHOST} test")
+
+
+@pytest.fixture
+def other_inventory(cluster: RabbitCluster, tmp_path: Path) -> Callable[[list[str]], Node]:
+    """Return a function that makes an inventory in which other hosts have RabbitMQ, and returns the host that runs playbooks with it."""
+
+    def change(hosts: list[str]) -> Node:
+        inventory = tmp_path / "-".join(hosts)
+        shutil.copytree(cluster.application.inventory, inventory)
+        file = inventory / "hosts.yml"
+        content = yaml.safe_load(file.read_text())
+        content["all"]["children"]["rabbitmq"]["hosts"] = dict.fromkeys(hosts)
+        file.write_text(yaml.safe_dump(content))
+        return cluster.host(inventory, "app1")
+
+    return change
+
+
+# --- What it is ---
+
+
+def test_all_nodes_are_one_cluster(cluster: RabbitCluster) -> None:
+    for name in cluster.nodes:
+        status = cluster.ask(name, "cluster_status")
+        assert sorted(status["disk_nodes"]) == sorted(status["running_nodes"]) == NODES
+        assert (status["partitions"], status["alarms"]) == ({}, [])
+
+
+def test_there_are_only_the_users_and_vhosts_of_the_inventory(cluster: RabbitCluster) -> None:
+    assert {user["user"] for user in cluster.ask("data1", "list_users")} == {"administrator", "orders", "monitoring"}
+    assert [vhost["name"] for vhost in cluster.ask("data1", "list_vhosts name")] == [VHOST]
+
+
+def test_it_listens_only_where_it_is_encrypted_or_the_host_itself(cluster: RabbitCluster) -> None:
+    for node in cluster.nodes.values():
+        listening = {line.split()[3] for line in node.host.check_output("ss -tlnH").splitlines()}
+        ports = {socket_.rpartition(":") for socket_ in listening}
+        ours = {int(port) for address, _, port in ports if not address.startswith("127.")}
+        assert ours <= {22, 6379, 26379, AMQPS, METRICS, DISTRIBUTION, 4369}
+        assert f"{node.address}:4369" in listening
+        assert not {"0.0.0.0:4369", "*:4369", "[::]:4369"} & listening
+
+
+def test_its_sandbox_is_tight(cluster: RabbitCluster) -> None:
+    for node in cluster.nodes.values():
+        shown = node.host.check_output(f"systemd-analyze security {SERVICE} --no-pager | tail -1")
+        assert float(shown.rpartition("service: ")[2].split()[0]) <= 1.5
+        assert int(node.show(SERVICE, "TimeoutStartUSec")["TimeoutStartUSec"].removesuffix("min").replace("5min 30s", "6")) <= 6
+
+
+def test_the_cookie_is_known_only_to_the_node(cluster: RabbitCluster) -> None:
+    for node in cluster.nodes.values():
+        file = node.host.file("/var/lib/rabbitmq/.erlang.cookie")
+        assert (file.user, file.mode) == ("rabbitmq", 0o400)
+        assert file.content_string == cluster.secrets["vault_rabbitmq_cookie"]
+        seen = node.host.check_output("cat /proc/[0-9]*/cmdline /etc/rabbitmq/* /etc/systemd/system/rabbitmq-server.service.d/* | tr '\\0' ' '")
+        for name, secret in cluster.secrets.items():
+            assert secret not in seen, name
+
+
+# --- Whom it lets in ---
+
+
+def test_a_client_may_verify_each_node_by_the_name_that_all_share(cluster: RabbitCluster) -> None:
+    for name in cluster.nodes:
+        cluster.connect(name, server_name="rabbitmq.internal").close()
+        with pytest.raises(ssl.SSLCertVerificationError):
+            cluster.connect(name, server_name="rabbitmq.example")
+
+
+@pytest.mark.parametrize("port", [AMQPS, DISTRIBUTION, METRICS])
+def test_strangers_are_refused(cluster: RabbitCluster, port: int) -> None:
+    stranger = cluster.save("stranger", Authority().issue(["orders"]))
+    for node in cluster.nodes.values():
+        assert answer(cluster, node.address, port, cluster.certificate) != "", "with a certificate it would have answered"
+        assert answer(cluster, node.address, port, None) == ""
+        assert answer(cluster, node.address, port, stranger) == ""
+        assert answer(cluster, node.address, port, cluster.certificate, ssl.TLSVersion.TLSv1_1) == ""
+        with socket.create_connection((node.address, port), timeout=5) as plain:
+            plain.sendall(b"AMQP\x00\x00\x09\x01\r\n\r\n")
+            assert not plain.recv(100).startswith((b"\x01", b"AMQP", b"HTTP"))
+
+
+def answer(
+    cluster: RabbitCluster,
+    address: str,
+    port: int,
+    certificate: tuple[Path, Path] | None,
+    version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
+) -> str:
+    """Return which version of TLS a server speaks with a client once it has heard from it; '' where it hangs up."""
+    context = ssl.create_default_context(cafile=str(cluster.authority))
+    context.minimum_version = context.maximum_version = version
+    if version < ssl.TLSVersion.TLSv1_2:
+        context.set_ciphers("DEFAULT@SECLEVEL=0")
+    if certificate:
+        context.load_cert_chain(*certificate)
+    try:
+        with socket.create_connection((address, port), timeout=5) as plain, context.wrap_socket(plain, server_hostname=address) as session:
+            # With TLS 1.3 a client learns only now that it is refused.
+            session.settimeout(2)
+            session.sendall({AMQPS: b"AMQP\x00\x00\x09\x01", METRICS: b"GET / HTTP/1.0\r\n\r\n"}.get(port, b""))
+            try:
+                return str(session.version()) if session.recv(1) or port == DISTRIBUTION else ""
+            except TimeoutError:
+                return str(session.version())
+    except (ssl.SSLError, ConnectionError):
+        return ""
+
+
+@pytest.mark.parametrize("user", ["guest", "orders", "administrator", "nobody"])
+def test_a_wrong_password_is_refused(cluster: RabbitCluster, user: str) -> None:
+    for password in ("guest", ""):
+        with pytest.raises((amqp.AccessRefused, amqp.NotAllowed)):
+            cluster.connect("data1", user, password or user)
+
+
+def test_metrics_are_given_to_a_host_with_a_certificate(cluster: RabbitCluster) -> None:
+    context = ssl.create_default_context(cafile=str(cluster.authority))
+    context.load_cert_chain(*cluster.certificate)
+    for node in cluster.nodes.values():
+        with urllib.request.urlopen(f"https://{node.address}:{METRICS}/metrics", context=context, timeout=10) as page:
+            assert b"\nrabbitmq_build_info{" in page.read()
+
+
+# --- What a run does to it ---
+
+
+def test_another_run_and_a_check_find_nothing_to_do(cluster: RabbitCluster) -> None:
+    before = pids(cluster)
+    assert cluster.application.converge()["changed"] == []
+    assert cluster.application.converge("--check", "--diff")["changed"] == []
+    assert pids(cluster) == before
+
+
+def test_a_run_after_a_node_was_killed_changes_nothing(cluster: RabbitCluster) -> None:
+    cluster.nodes["data2"].host.check_output(f"systemctl kill --signal=KILL {SERVICE}")
+    cluster.whole()
+    assert cluster.application.converge(ONLY)["changed"] == []
+
+
+def test_a_new_certificate_is_shown_without_a_restart(cluster: RabbitCluster) -> None:
+    def shown(node: Node) -> bytes:
+        return ssl.get_server_certificate((node.address, AMQPS), ca_certs=str(cluster.authority)).encode()
+
+    def serial(name: str) -> str:
+        connection = cluster.connect(name)
+        found = connection.transport.sock.getpeercert()["serialNumber"]
+        connection.close()
+        return str(found)
+
+    before, processes = {name: serial(name) for name in cluster.nodes}, pids(cluster)
+    cluster.application.converge("--tags=pki,rabbitmq", "-e", "pki_certificate_days=399", "-e", "pki_renew_days=398")
+    for name in cluster.nodes:
+        assert serial(name) != before[name]
+    assert pids(cluster) == processes
+    cluster.whole()
+
+
+def test_a_node_whose_disk_was_replaced_joins_again(cluster: RabbitCluster, kept: Callable[[], int]) -> None:
+    processes = pids(cluster)
+    # The first one, which the others once joined.
+    cluster.nodes["data1"].host.check_output(f"systemctl stop {SERVICE} && find /var/lib/rabbitmq -mindepth 1 -delete")
+    changed = cluster.application.converge(ONLY)["changed"]
+    assert "rabbitmq : Join the cluster, or be its first node" in changed
+    cluster.whole()
+    assert {name: pid for name, pid in pids(cluster).items() if name != "data1"} == {n: p for n, p in processes.items() if n != "data1"}
+    assert kept() == 0
+    assert cluster.application.converge(ONLY)["changed"] == []
+
+
+def test_a_node_leaves_and_comes_with_the_inventory(
+    cluster: RabbitCluster, kept: Callable[[], int], other_inventory: Callable[[list[str]], Node]
+) -> None:
+    fewer = other_inventory(["data1", "data2"])
+    refused = fewer.run_playbook(ONLY)
+    assert refused.returncode == 2
+    assert "rabbitmq_group has" in refused.stdout
+    assert "at least three hosts" in refused.stdout
+
+    changed = fewer.converge(ONLY, "-e", "rabbitmq_minimum_nodes=2")["changed"]
+    assert "rabbitmq : Take nodes that left the inventory out of the cluster" in changed
+    assert cluster.running("data1") == {"data1", "data2"}
+    assert all(set(queue["members"]) == set(NODES[:2]) for queue in cluster.queues("data1"))
+
+    changed = cluster.application.converge(ONLY)["changed"]
+    assert "rabbitmq : Join the cluster, or be its first node" in changed
+    cluster.whole()
+    assert kept() == 0
+    assert cluster.application.converge(ONLY)["changed"] == []
+
+
+def test_a_rolling_restart_waits_for_a_majority_and_goes_on_where_it_stopped(cluster: RabbitCluster) -> None:
+    settings = json.dumps({"rabbitmq_settings": {"channel_max": 2046}, "__rabbitmq_patience": 5})
+    before = pids(cluster)
+    cluster.nodes["data3"].host.check_output(f"systemctl stop {SERVICE}")
+    try:
+        output = cluster.application.run_playbook(ONLY, "--limit=data1,data2", "-e", settings)
+        assert output.returncode == 2
+        assert "rabbit@data1 is not restarted, since quorum queues still need it" in output.stdout
+    finally:
+        cluster.nodes["data3"].host.check_output(f"systemctl start {SERVICE}")
+    cluster.whole()
+    assert [pids(cluster)[name] for name in ("data1", "data2")] == [before[name] for name in ("data1", "data2")]
+    changed = cluster.application.converge(ONLY, "-e", settings)["changed"]
+    assert changed.count(RESTARTED) == 3
+    assert set(pids(cluster).values()) & set(before.values()) == set()
+    cluster.whole()
+    assert cluster.ask("data2", "environment")["rabbit"]["channel_max"] == 2046
+    cluster.application.converge(ONLY)
+    cluster.whole()
+
+
+# --- Bad input ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        pytest.param({"rabbitmq_cookie": "nX7cY2pK9mQ4wL8vD3fG6hJ1"}, "rabbitmq_cookie .*other than the cookie .* runs on data1", id="cookie"),
+        pytest.param({"rabbitmq_address": "{{ inventory_hostname }}"}, "rabbitmq_host .*on data1: data2 is unknown", id="names"),
+        pytest.param({"__rabbitmq_own_series": "4.2"}, "rabbitmq_upgrade .*4.0 in the cluster, and 4.2 for data1", id="version"),
+        pytest.param({"rabbitmq_settings": {"listeners.tcp.1": 5672}}, "rabbitmq_settings .*listeners.tcp.1", id="setting"),
+    ],
+)
+def test_bad_input_stops_the_run(cluster: RabbitCluster, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(AssertionError, match=f"(?s)nothing was changed on any host.*{message}.*File: .*Allowed: "):
+        cluster.application.converge(ONLY, "-e", json.dumps(settings))
+
+
+def test_an_even_number_of_nodes_is_warned_of(cluster: RabbitCluster, other_inventory: Callable[[list[str]], Node]) -> None:
+    output = other_inventory(["data1", "data2", "data3", "app1"]).run_playbook("--tags=rabbitmq_preflight", "--check")
+    assert "4 nodes of RabbitMQ survive the loss of no more of them than 3 would" in output.stdout

@@ -1,0 +1,58 @@
+"""A real RabbitMQ for the tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from sites import free_port
+from waiting import wait_for
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Callable[..., str]]]:
+    """Start RabbitMQ on the loopback address; return its address, and a function that runs rabbitmqctl."""
+    # Erlang's sockets have a limit on the length of their paths, so not below pytest's folder.
+    folder, port, distribution = tmp_path_factory.mktemp("rabbitmq"), free_port(), free_port()
+    (folder / "rabbitmq.conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{port}\nloopback_users = none\nlog.console = true\n")
+    (folder / "enabled_plugins").write_text("[].\n")
+    environment = os.environ | {
+        "HOME": str(folder),
+        "RABBITMQ_NODENAME": f"test{port}@localhost",
+        "RABBITMQ_DIST_PORT": str(distribution),
+        "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
+        "RABBITMQ_MNESIA_BASE": str(folder / "mnesia"),
+        "RABBITMQ_LOG_BASE": str(folder / "log"),
+        "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
+        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none",
+    }
+
+    def control(*arguments: str) -> str:
+        command = ["/usr/lib/rabbitmq/bin/rabbitmqctl", "--quiet", *arguments]
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    with (folder / "out").open("wb") as out:
+        server = subprocess.Popen(
+            ["/usr/lib/rabbitmq/bin/rabbitmq-server"], env=environment, stdout=out, stderr=out, start_new_session=True
+        )
+        try:
+            wait_for("RabbitMQ", lambda: b"Server startup complete" in (folder / "out").read_bytes(), seconds=60)
+            yield f"amqp://guest@127.0.0.1:{port}", control
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(30)
+
+
+@pytest.fixture
+def rabbitmq(rabbitmq_node: tuple[str, Callable[..., str]]) -> Iterator[tuple[str, Callable[..., str]]]:
+    """Return the address of an empty vhost of its own (amqp://guest@host:port/name; password `guest`), and rabbitmqctl for it."""
+    url, control = rabbitmq_node
+    name = f"test{time.monotonic_ns()}"
+    control("add_vhost", name)
+    control("set_permissions", "--vhost", name, "guest", ".*", ".*", ".*")
+    yield f"{url}/{name}", lambda command, *arguments: control(command, "--vhost", name, *arguments)
+    control("delete_vhost", name)
