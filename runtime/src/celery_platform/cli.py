@@ -264,6 +264,29 @@ def _arguments(letter: DeadLetter, app: Celery) -> tuple[Any, Any]:
     return args, kwargs
 
 
+# --- another broker ---
+
+
+@main.command("move-tasks")
+@click.option("--from", "url", required=True, help="URL of the other broker, without its password.")
+def move_tasks(url: str) -> None:
+    """Bring the tasks and dead letters of another broker, whose workers have ended, to the one in use.
+
+    Its password is read from standard input. Can be run again: it goes on where it stopped.
+    """
+    from celery_platform import move
+
+    with _site() as (app, store):
+        try:
+            brought = move.bring(url, sys.stdin.readline().rstrip("\n"), app, store, _settings())
+        except (BadSettings, LookupError) as error:
+            raise click.ClickException(str(error)) from error
+    for queue, count in sorted(brought.items()):
+        click.echo(f"{queue}: {count}")
+    if not brought:
+        click.echo("nothing to bring")
+
+
 # --- common ---
 
 

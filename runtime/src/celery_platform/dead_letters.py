@@ -30,6 +30,7 @@ from celery.worker.state import task_ready
 from kombu import serialization
 from kombu.entity import Exchange, Queue
 from kombu.exceptions import ContentDisallowed
+from kombu.transport.native_delayed_delivery import MAX_LEVEL, calculate_routing_key, level_name
 from kombu.utils import json
 from kombu.utils.imports import symbol_by_name
 
@@ -168,8 +169,8 @@ class Store(Protocol):
         It can be interrupted at any point: that may run a task twice, it does not lose one.
         """
 
-    def send(self, original: Original) -> None:
-        """Put a message on its queue, behind the others; return once the broker has it."""
+    def send(self, original: Original, delay: int = 0) -> None:
+        """Put a message on its queue, behind the others, or let it come there after so many seconds; return once the broker has it."""
 
 
 class _Documents:
@@ -253,8 +254,8 @@ class RedisStore(_Documents):
             original = self.read(document).original.fresh()
             pipe.lpush(self._key(channel, original), json.dumps(self._message(channel, original)))
 
-    def send(self, original: Original) -> None:
-        """See Store."""
+    def send(self, original: Original, delay: int = 0) -> None:
+        """See Store. Here its worker waits for its time."""
         with self._channel() as (channel, client):
             client.lpush(self._key(channel, original), json.dumps(self._message(channel, original)))
 
@@ -336,7 +337,7 @@ class RabbitStore(_Documents):
                     replayed.add(letter.id)
         return len(replayed)
 
-    def send(self, original: Original) -> None:
+    def send(self, original: Original, delay: int = 0) -> None:
         """See Store.
 
         Raises:
@@ -344,6 +345,8 @@ class RabbitStore(_Documents):
         """
         queue = self.app.amqp.queues.get(original.queue)
         where = (queue.exchange, queue.routing_key) if queue else (original.exchange, original.routing_key)
+        if delay:
+            where = (level_name(MAX_LEVEL), calculate_routing_key(delay, where[1]))
         # RabbitMQ would take the time to live anew, and kombu the mode twice.
         properties = {name: value for name, value in original.properties.items() if name not in ("expiration", "delivery_mode")}
         properties |= {"content_type": original.content_type, "content_encoding": original.content_encoding, "headers": original.headers}

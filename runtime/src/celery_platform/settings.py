@@ -254,12 +254,13 @@ class Settings(BaseSettings):
 
     @property
     def redis_store(self) -> tuple[str, SecretStr | None] | None:
-        """URL and password of the Redis that workers share: the broker, or else the result backend. None: neither is one."""
-        if self.uses_redis_broker:
-            return self.broker_url, self.broker_password
+        """URL and password of the Redis that workers share; None: there is none.
+
+        The result backend, which stays when a site changes its broker, or else the broker.
+        """
         if self.result_backend and self.result_backend.startswith(("redis", "sentinel")):
             return self.result_backend, self.result_backend_password
-        return None
+        return (self.broker_url, self.broker_password) if self.uses_redis_broker else None
 
     @property
     def longest_wait(self) -> int:

@@ -1,0 +1,112 @@
+"""Brings what another broker holds to this one, for a site that changes its broker: tasks, delayed tasks and dead letters.
+
+Whatever is brought is acknowledged there once this broker has it. An interruption may bring a task twice; it loses none,
+and the next run goes on. The other broker's workers must have ended: what they had taken and did not acknowledge is
+brought, too, and one that still ran would run it as well.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from celery import Celery
+from kombu.entity import Queue
+from kombu.transport.native_delayed_delivery import MAX_NUMBER_OF_BITS_TO_USE, level_name
+from pydantic import SecretStr
+
+from celery_platform import configuration, guards, redis_transport
+from celery_platform.dead_letters import RUNS_HEADER, Original, Store, store_of
+from celery_platform.queues import DELAY
+from celery_platform.settings import BadSettings, Settings
+
+#: Messages that are brought before the first of them is acknowledged, at most.
+PREFETCH = 100
+#: Seconds until a broker that gives nothing is taken to have nothing; it answers within milliseconds.
+SILENCE = 3
+
+
+def bring(url: str, password: str, app: Celery, store: Store, settings: Settings) -> Counter[str]:
+    """Bring everything; return how many tasks of each queue there were, and how many dead letters (`dead-letters`).
+
+    Raises:
+        BadSettings: if the URL is no broker's that a site can have, or the one that is in use.
+        the errors of kombu and its drivers, if a broker does not answer.
+        LookupError: if a delayed task is for a queue that is no more; all others have been brought.
+    """
+    source, found = _other(settings, url, password)
+    there = store_of(source, found)
+    if there is None or url == settings.broker_url:
+        raise BadSettings("The URL to bring tasks from; allowed: one of Redis, Sentinel or RabbitMQ, other than the broker in use")
+    if settings.uses_rabbitmq and settings.declare_queues:
+        guards.declare_delays(app)
+    brought: Counter[str] = Counter()
+    with source.connection_for_read() as connection:
+        connection.ensure_connection(max_retries=3)
+        channel = connection.channel()
+        delayed = []
+        if found.uses_redis_broker:
+            _give_back(channel)
+        else:
+            delayed = [Queue(level_name(level), no_declare=True) for level in range(MAX_NUMBER_OF_BITS_TO_USE)]
+        channel.basic_qos(0, PREFETCH, False)
+        homeless: set[str] = set()
+
+        def take(message: Any, queue: str) -> None:
+            if queue not in app.amqp.queues:
+                homeless.add(queue)
+                return
+            _send(Original.of(message, queue), store)
+            message.ack()
+            brought[queue] += 1
+
+        for queue in (*source.amqp.queues.values(), *delayed):
+            name = None if queue in delayed else queue.name
+            consumer = connection.Consumer([queue], channel=channel, auto_declare=False)
+            consumer.on_message = lambda message, name=name: take(message, name or DELAY.sub("", message.delivery_info["routing_key"]))
+            consumer.consume()
+        end = time.monotonic() + SILENCE
+        while time.monotonic() < end:
+            before = brought.total()
+            try:
+                connection.drain_events(timeout=1)
+            except TimeoutError:
+                continue
+            if brought.total() > before:
+                end = time.monotonic() + SILENCE
+    for letter in there.list():
+        store.add(letter)
+        there.remove([letter.id])
+        brought["dead-letters"] += 1
+    if homeless:
+        raise LookupError(f"There is no queue for delayed tasks of: {', '.join(sorted(homeless))}")
+    return brought
+
+
+def _other(settings: Settings, url: str, password: str) -> tuple[Celery, Settings]:
+    """Return an application with another broker, whose queues are those of the settings, and its settings."""
+    found = settings.model_copy(update={"broker_url": url, "broker_password": SecretStr(password), "declare_queues": False})
+    app = Celery("other", set_as_current=False)
+    app.conf.update(configuration.celery_config(found))
+    guards.use_transport()
+    redis_transport.install(app, found)
+    return app, found
+
+
+def _give_back(channel: Any) -> None:
+    """Put what the ended workers of a Redis had taken back into the queues, which would otherwise wait for the visibility timeout."""
+    with channel.conn_or_acquire() as client:
+        for tag in client.zrange(channel.unacked_index_key, 0, -1):
+            channel.qos.restore_by_tag(tag.decode(), client)
+
+
+def _send(original: Original, store: Store) -> None:
+    """Put a task on its queue here, or where it waits for its time."""
+    original = original.counted(int(original.headers.get(RUNS_HEADER) or 0))
+    eta = original.headers.get("eta")
+    delay = math.ceil(datetime.fromisoformat(eta).timestamp() - time.time()) if eta else 0
+    store.send(replace(original, exchange=original.queue, routing_key=original.queue), max(0, delay))
