@@ -103,13 +103,15 @@ def connect(server: dict[str, Any], seconds: float = 0) -> Client:
     A server that still runs as it did before TLS was switched on is reached as well.
 
     Raises:
-        OSError: if none answers in time.
+        OSError: if none answers in time, or at once if its certificate is of no CA that this host trusts.
         RedisError: if it refuses the login.
     """
 
     def ready() -> Client | None:
         try:
             client = Client(server["address"], server["port"], server)
+        except ssl.SSLCertVerificationError:
+            raise
         except OSError:
             if not server["tls"]:
                 raise
@@ -122,7 +124,7 @@ def connect(server: dict[str, Any], seconds: float = 0) -> Client:
             if client := ready():
                 return client
         except (OSError, RedisError) as error:
-            if time.monotonic() >= end or "WRONGPASS" in str(error):
+            if time.monotonic() >= end or "WRONGPASS" in str(error) or isinstance(error, ssl.SSLCertVerificationError):
                 raise
         if time.monotonic() >= end:
             raise TimeoutError("it still loads its data")

@@ -182,7 +182,7 @@ def main() -> None:
         role = client.role()
         if role == "slave" and not module.check_mode:
             wait_for(f"data from the master, {client.info('replication')['master_host']}", lambda: follows(client), SYNC_TIME)
-    except ssl.SSLError as error:
+    except ssl.SSLCertVerificationError as error:
         told = "If CAs were exchanged at once, not one after the other as roles/pki/README.md has it, restart it on all hosts"
         module.fail_json(msg=f"{service} on this host does not talk to it: {error}\n{told}: systemctl restart {service}")
     except (OSError, RedisError, LookupError) as error:

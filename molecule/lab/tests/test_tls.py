@@ -264,7 +264,11 @@ def test_a_host_that_calls_itself_as_another_gets_no_certificate_for_it(node: No
 # --- The site's own certificates ---
 
 AUTHORITY = Authority()
-GOOD = AUTHORITY.issue(["data1", "10.0.0.1"])
+
+
+def good(node: Node, **options: Any) -> Issued:
+    """Return a certificate with all names that the host needs."""
+    return AUTHORITY.issue([name_of(node), "rabbitmq.internal", node.address], **options)
 
 
 def of_site(node: Node, issued: Issued, *arguments: str) -> list[str]:
@@ -282,27 +286,37 @@ def state(node: Node) -> str:
 
 def test_certificates_of_the_site_are_only_checked(node: Node) -> None:
     before = state(node)
-    assert of_site(node, GOOD) == []
+    assert of_site(node, good(node)) == []
     assert state(node) == before
 
 
 @pytest.mark.parametrize(
-    ("issued", "message"),
+    ("issue", "message"),
     [
+        pytest.param(lambda node: good(node, days=-1), "pki_certificate_file .*certificate has expired.*File: .*Allowed: ", id="expired"),
         pytest.param(
-            AUTHORITY.issue(["data1"], days=-1), "pki_certificate_file .*certificate has expired.*File: .*Allowed: ", id="expired"
+            lambda node: AUTHORITY.issue(["data9", "rabbitmq.internal", node.address]),
+            "pki_certificate_file .*host.crt lacks data1.*File: .*Allowed: .*data1",
+            id="another name",
         ),
+        # What clients of Redis call the host.
         pytest.param(
-            AUTHORITY.issue(["data9"]), "pki_certificate_file .*host.crt lacks data1.*File: .*Allowed: .*data1", id="another name"
+            lambda node: AUTHORITY.issue([name_of(node), "rabbitmq.internal"]),
+            r"pki_certificate_file .*host.crt lacks 10\..*File: .*Allowed: .*data1",
+            id="no address",
         ),
-        pytest.param(Issued(GOOD.certificate, AUTHORITY.issue(["data1"]).key), "pki_key_file .*is not the key of", id="another key"),
-        pytest.param(Authority("Another").issue(["data1"]), "pki_certificate_file .*unable to get local issuer", id="another authority"),
+        pytest.param(lambda node: Issued(good(node).certificate, good(node).key), "pki_key_file .*is not the key of", id="another key"),
+        pytest.param(
+            lambda node: Authority("Another").issue([name_of(node), "rabbitmq.internal", node.address]),
+            "pki_certificate_file .*unable to get local issuer",
+            id="another authority",
+        ),
     ],
 )
-def test_a_bad_certificate_of_the_site_stops_the_run(node: Node, issued: Issued, message: str) -> None:
+def test_a_bad_certificate_of_the_site_stops_the_run(node: Node, issue: Callable[[Node], Issued], message: str) -> None:
     before = state(node)
     with pytest.raises(AssertionError, match=f"(?s)nothing was changed on any host.*{message}"):
-        of_site(node, issued)
+        of_site(node, issue(node))
     assert state(node) == before
 
 
