@@ -28,7 +28,12 @@ def test_defaults_and_argument_specs_agree(role: str) -> None:
         if name in defaults:
             assert "{{" in str(defaults[name]), f"{name} has a plain default that the specs do not name"
         else:
-            assert options[name].get("required") or name in ("lab_host_number", "pki_ca_passphrase", "celery_app_redis_password", "celery_app_rabbitmq_password"), name
+            assert options[name].get("required") or name in (
+                "lab_host_number",
+                "pki_ca_passphrase",
+                "celery_app_redis_password",
+                "celery_app_rabbitmq_password",
+            ), name
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -99,7 +99,6 @@ def test_its_sandbox_is_tight(cluster: RabbitCluster) -> None:
     for node in cluster.nodes.values():
         shown = node.host.check_output(f"systemd-analyze security {SERVICE} --no-pager | tail -1")
         assert float(shown.rpartition("service: ")[2].split()[0]) <= 1.5
-        assert int(node.show(SERVICE, "TimeoutStartUSec")["TimeoutStartUSec"].removesuffix("min").replace("5min 30s", "6")) <= 6
 
 
 def test_the_cookie_is_known_only_to_the_node(cluster: RabbitCluster) -> None:
@@ -107,7 +106,9 @@ def test_the_cookie_is_known_only_to_the_node(cluster: RabbitCluster) -> None:
         file = node.host.file("/var/lib/rabbitmq/.erlang.cookie")
         assert (file.user, file.mode) == ("rabbitmq", 0o400)
         assert file.content_string == cluster.secrets["vault_rabbitmq_cookie"]
-        seen = node.host.check_output("cat /proc/[0-9]*/cmdline /etc/rabbitmq/* /etc/systemd/system/rabbitmq-server.service.d/* | tr '\\0' ' '")
+        seen = node.host.check_output(
+            "cat /proc/[0-9]*/cmdline /etc/rabbitmq/* /etc/systemd/system/rabbitmq-server.service.d/* | tr '\\0' ' '"
+        )
         for name, secret in cluster.secrets.items():
             assert secret not in seen, name
 
@@ -194,9 +195,6 @@ def test_a_run_after_a_node_was_killed_changes_nothing(cluster: RabbitCluster) -
 
 
 def test_a_new_certificate_is_shown_without_a_restart(cluster: RabbitCluster) -> None:
-    def shown(node: Node) -> bytes:
-        return ssl.get_server_certificate((node.address, AMQPS), ca_certs=str(cluster.authority)).encode()
-
     def serial(name: str) -> str:
         connection = cluster.connect(name)
         found = connection.transport.sock.getpeercert()["serialNumber"]
@@ -271,15 +269,28 @@ def test_a_rolling_restart_waits_for_a_majority_and_goes_on_where_it_stopped(clu
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        pytest.param({"rabbitmq_cookie": "nX7cY2pK9mQ4wL8vD3fG6hJ1"}, "rabbitmq_cookie .*other than the cookie .* runs on data1", id="cookie"),
+        pytest.param(
+            {"rabbitmq_cookie": "nX7cY2pK9mQ4wL8vD3fG6hJ1"}, "rabbitmq_cookie .*other than the cookie .* runs on data1", id="cookie"
+        ),
         pytest.param({"rabbitmq_address": "{{ inventory_hostname }}"}, "rabbitmq_host .*on data1: data2 is unknown", id="names"),
-        pytest.param({"__rabbitmq_own_series": "4.2"}, "rabbitmq_upgrade .*4.0 in the cluster, and 4.2 for data1", id="version"),
+        pytest.param({"__rabbitmq_own_series": "9.9"}, "rabbitmq_upgrade .* in the cluster, and 9.9 for data1", id="version"),
         pytest.param({"rabbitmq_settings": {"listeners.tcp.1": 5672}}, "rabbitmq_settings .*listeners.tcp.1", id="setting"),
     ],
 )
 def test_bad_input_stops_the_run(cluster: RabbitCluster, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(AssertionError, match=f"(?s)nothing was changed on any host.*{message}.*File: .*Allowed: "):
         cluster.application.converge(ONLY, "-e", json.dumps(settings))
+
+
+def test_a_queue_that_would_have_to_change_stops_the_run(cluster: RabbitCluster) -> None:
+    connection = cluster.connect("data1", "administrator", cluster.secrets["vault_rabbitmq_administrator_password"])
+    connection.channel().queue_declare("reports", durable=True, auto_delete=False, arguments={"x-queue-type": "classic"})
+    try:
+        with pytest.raises(AssertionError, match="(?s)nothing was changed on any host.*rabbitmq_applications .*queue orders/reports"):
+            cluster.application.converge(ONLY, "-e", json.dumps({"celery_app_queues": ["critical", "default", "batch", "reports"]}))
+    finally:
+        connection.channel().queue_delete("reports")
+        connection.close()
 
 
 def test_an_even_number_of_nodes_is_warned_of(cluster: RabbitCluster, other_inventory: Callable[[list[str]], Node]) -> None:

@@ -1,0 +1,159 @@
+"""Whatever fails under a stream of tasks: none that RabbitMQ acknowledged is lost, and tasks flow again.
+
+`make drills` repeats what chance has a part in.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+from drills import Report, Stream
+from nodes import REPOSITORY, Node
+from rabbit import SERVICE, RabbitCluster
+
+testinfra_hosts = ["ansible://app1"]
+
+Fault = Callable[[RabbitCluster], None]
+
+FULL = "DRILLS" in os.environ
+LEADERS_KILLED = 5 if FULL else 1
+#: Each time those of both hosts.
+WORKERS_KILLED = 20 if FULL else 5
+#: Seconds: half of all failovers are over by then.
+RECOVERY = 6
+#: Of the stream's tasks.
+QUEUE = "critical"
+KILL = f"systemctl kill --signal=KILL {SERVICE}"
+
+
+def leader_killed(cluster: RabbitCluster) -> None:
+    cluster.nodes[cluster.leader(QUEUE)].host.check_output(KILL)
+
+
+def two_nodes_killed_in_turn(cluster: RabbitCluster) -> None:
+    for _ in range(2):
+        leader_killed(cluster)
+        cluster.whole()
+
+
+def leader_cut_off(cluster: RabbitCluster) -> None:
+    """Cut the leader off from the other nodes for thirty seconds; clients reach all of them."""
+    leader = cluster.nodes[cluster.leader(QUEUE)]
+    with cut_off(leader, [node for node in cluster.nodes.values() if node is not leader]):
+        time.sleep(30)
+
+
+def leader_alone_with_a_producer(cluster: RabbitCluster) -> None:
+    """Cut the leader and the producer's host off from all other hosts, for twenty seconds."""
+    leader = cluster.nodes[cluster.leader(QUEUE)]
+    others = [node for node in (*cluster.nodes.values(), cluster.workers[1]) if node is not leader]
+    with cut_off(leader, others), cut_off(cluster.workers[0], others):
+        time.sleep(20)
+
+
+@contextmanager
+def cut_off(node: Node, others: list[Node]) -> Iterator[None]:
+    """Let nothing through between a host and others."""
+    addresses = ", ".join(other.address for other in others)
+    chains = [
+        f"chain {hook} {{ type filter hook {hook} priority -200; ip {end} {{ {addresses} }} drop; }}"
+        for hook, end in (("input", "saddr"), ("output", "daddr"))
+    ]
+    node.host.check_output("nft %s", f"table inet drill {{ {'; '.join(chains)}; }}")
+    try:
+        yield
+    finally:
+        node.host.check_output("nft delete table inet drill")
+
+
+def disk_full(cluster: RabbitCluster) -> None:
+    """Let a node take its disk for full for fifteen seconds: no node takes messages then."""
+    cluster.ctl("data1", "set_disk_free_limit 1000TB")
+    time.sleep(15)
+    assert "disk" in str(cluster.ask("data2", "cluster_status")["alarms"])
+    cluster.ctl("data1", "set_disk_free_limit 1GB")
+
+
+def nodes_restarted(cluster: RabbitCluster) -> None:
+    """Let the playbook restart all nodes, for a setting that they read at their start."""
+    for node in cluster.nodes.values():
+        node.host.check_output("touch /etc/rabbitmq/rabbitmq.conf")
+    changed = cluster.application.converge("--tags=rabbitmq")["changed"]
+    assert len(changed) == len(cluster.nodes), changed
+
+
+def hosts_rebooted_at_once(cluster: RabbitCluster) -> None:
+    def reboot(name: str) -> None:
+        subprocess.run(["podman", "restart", "--time=60", cluster.containers[name]], check=True, capture_output=True)
+        cluster.nodes[name].booted()
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(reboot, cluster.nodes))
+
+
+def workers_killed(cluster: RabbitCluster) -> None:
+    """Kill the workers of both hosts, main process and children."""
+    for _ in range(WORKERS_KILLED):
+        for node in cluster.workers:
+            node.host.check_output("systemctl kill --signal=KILL celery-worker@critical")
+        time.sleep(4)
+
+
+def workers_stopped(cluster: RabbitCluster) -> None:
+    """Stop and start the workers of one host, then of the other, three times, each with tasks in hand."""
+    for _ in range(3):
+        for node in cluster.workers:
+            node.host.check_output("systemctl stop celery-worker@critical && systemctl start celery-worker@critical")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        workers_killed,
+        workers_stopped,
+        two_nodes_killed_in_turn,
+        leader_cut_off,
+        leader_alone_with_a_producer,
+        disk_full,
+        nodes_restarted,
+        hosts_rebooted_at_once,
+    ],
+)
+def test_nothing_acknowledged_is_lost(cluster: RabbitCluster, fault: Fault) -> None:
+    report = drill(cluster, fault)
+    assert report.lost == []
+    if fault is workers_stopped:
+        assert report.duplicated == 0
+
+
+def test_tasks_flow_again_soon_after_the_leader_was_killed(cluster: RabbitCluster) -> None:
+    reports = [drill(cluster, leader_killed) for _ in range(LEADERS_KILLED)]
+    assert [report.lost for report in reports] == [[]] * LEADERS_KILLED
+    assert statistics.median(report.longest_pause for report in reports) <= RECOVERY
+
+
+def test_a_run_after_all_that_changes_nothing(cluster: RabbitCluster) -> None:
+    assert cluster.application.converge()["changed"] == []
+
+
+def drill(cluster: RabbitCluster, fault: Fault) -> Report:
+    """Let something happen under a stream of tasks; return what became of them, once all is well again."""
+    cluster.whole()
+    with Stream(cluster.workers[0], cluster.workers) as stream:
+        time.sleep(2)
+        fault(cluster)
+        cluster.whole()
+        stream.goes_on()
+        report = stream.report()
+    # The table that the drills make, for whoever reads the run.
+    with (REPOSITORY / ".lab/drills.txt").open("a") as table:
+        table.write(f"{fault.__name__.replace('_', ' ')}: {report}\n")
+    assert report.acknowledged > 200
+    return report
