@@ -6,14 +6,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from amqp import Message
+from amqp.exceptions import AccessRefused, NotAllowed
 from brokers import rabbitmq_node
 from celery import Celery
 from celery.events.event import event_exchange
+from kombu import Connection, Exchange, Queue
+from sites import Site
+from waiting import wait_for
 
 from celery_platform import configuration, guards
 from celery_platform.dead_letters import RabbitStore
@@ -195,3 +202,179 @@ def test_a_check_of_a_node_that_does_not_run_says_all(define: Define) -> None:
     assert checked["changed"]
     assert checked["conflicts"] == []
     assert "none@localhost" in define(USERS, {"shop": ["default"]}, node="none@localhost")["msg"]
+
+
+# --- What users may do ---
+
+SHOP = """
+import os
+from celery import Celery
+app = Celery("shop")
+
+def ran(line):
+    with open("ran", "a") as file:
+        print(line, file=file)
+
+@app.task(name="works")
+def works(name):
+    ran(name)
+
+@app.task(name="sends")
+def sends():
+    app.send_task("works", ("sent",), countdown=1, queue="critical")
+    app.send_task("works", ("sent at once",))
+
+@app.task(name="retries", bind=True)
+def retries(self):
+    if self.request.retries < 1:
+        self.retry(countdown=1)
+    ran("retried")
+
+@app.task(name="fails")
+def fails():
+    if not os.path.exists("mended"):
+        raise ValueError("no stock")
+    ran("mended")
+"""
+SEND = """
+from celery_platform.worker import app
+app.send_task("works", ("later",), countdown=1)
+app.send_task("works", ("critical",), queue="critical", expires=60)
+for name in ("sends", "retries", "fails"):
+    app.send_task(name)
+"""
+WATCH = """
+import threading, time
+from celery_platform.worker import app
+seen = set()
+with app.connection_for_read() as connection:
+    receiver = app.events.Receiver(connection, handlers={"*": lambda event: seen.add(event["type"])})
+    threading.Thread(target=lambda: receiver.capture(limit=None), daemon=True).start()
+    print(*sorted(queue["name"] for queues in app.control.inspect(timeout=3).active_queues().values() for queue in queues))
+    print(app.control.ping(timeout=2)[0].popitem()[1]["ok"])
+    open("watching", "w").close()
+    while not {"task-sent", "task-received", "task-succeeded"} <= seen:
+        time.sleep(0.1)
+"""
+REVOKE = """
+from celery_platform.worker import app
+task = app.send_task("works", ("revoked",), countdown=2)
+app.control.revoke(task.id)
+"""
+
+
+@pytest.fixture
+def sites(define: Define, rabbitmq_node: tuple[str, Control], tmp_path: Path) -> Callable[[str], Site]:
+    """Return a function that gives a site whose services are a user."""
+    define(USERS, {"orders": ["default", "critical"], "other": ["default"]})
+    address = rabbitmq_node[0].rpartition("@")[2]
+
+    def site_of(user: str) -> Site:
+        site = Site(tmp_path, f"credentials-{user}")
+        site.write(SHOP)
+        site.set(broker_url=f"amqp://{user}@{address}/orders", queues='["default", "critical"]', declare_queues="false")
+        site.secret(broker_password=password(user))
+        return site
+
+    return site_of
+
+
+def refusals(log: Path) -> list[str]:
+    return [line for line in log.read_text().splitlines() if "refused for user" in line]
+
+
+def test_each_user_can_do_what_it_is_for(sites: Callable[[str], Site], control: Control) -> None:
+    log = Path(control("eval", 'os:getenv("HOME").').strip().strip('"')) / "out"
+    worker, producer, monitoring = (sites(name) for name in ("orders", "web", "flower"))
+
+    def ran() -> list[str]:
+        path = worker.folder / "ran"
+        return sorted(path.read_text().splitlines()) if path.exists() else []
+
+    # Before a worker ever ran.
+    producer.run("python", "-c", SEND)
+    with worker.worker("--queues=default,critical"):
+        wait_for("the tasks", lambda: ran() == ["critical", "later", "retried", "sent", "sent at once"])
+        with ThreadPoolExecutor() as threads:
+            watch = threads.submit(monitoring.run, "python", "-c", WATCH, timeout=60)
+            wait_for("the monitor", lambda: (worker.folder / "watching").exists() or watch.done())
+            for site, code in ((producer, SEND), (worker, SEND), (worker, REVOKE)):
+                site.run("python", "-c", code)
+            assert watch.result().stdout.split() == ["critical", "default", "pong"]
+        wait_for("all tasks", lambda: len(ran()) == 15)
+        (worker.folder / "mended").touch()
+        wait_for(
+            "the dead letter", lambda: "3 dead letters" in worker.run("python", "-m", "celery_platform.cli", "dead-letters", "list").stdout
+        )
+        worker.run("python", "-m", "celery_platform.cli", "dead-letters", "replay", "--all", "--yes")
+        wait_for("the replayed tasks", lambda: ran().count("mended") == 3)
+    assert "revoked" not in ran()
+    assert "Warm shutdown" in worker.log()
+    assert refusals(log) == []
+
+
+@pytest.fixture
+def channel(sites: Callable[[str], Site], rabbitmq_node: tuple[str, Control]) -> Iterator[Callable[[str, str], Any]]:
+    """Return a function that opens a channel of a user to a vhost."""
+    opened = []
+
+    def channel_of(user: str, vhost: str = "orders") -> Any:
+        address = rabbitmq_node[0].rpartition("@")[2]
+        connection = Connection(f"amqp://{address}/{vhost}", userid=user, password=password(user))
+        opened.append(connection)
+        return connection.channel()
+
+    yield channel_of
+    for connection in opened:
+        connection.close()
+
+
+def sent(channel: Any, exchange: str, key: str) -> None:
+    channel.basic_publish_confirm(Message(b"x"), exchange, key)
+
+
+ALL = {
+    "declare a queue": lambda channel: Queue("new", durable=True)(channel).declare(),
+    "declare an exchange": lambda channel: Exchange("new")(channel).declare(),
+    "delete a queue": lambda channel: Queue("default")(channel).delete(),
+    "delete an exchange": lambda channel: Exchange("celeryev")(channel).delete(),
+    "send past the exchanges": lambda channel: sent(channel, "", "default"),
+    "delay less": lambda channel: sent(channel, "celery_delayed_3", "x"),
+    "take what is delayed": lambda channel: Queue("celery_delayed_27")(channel).get(),
+}
+READ = {
+    "take a task": lambda channel: Queue("default")(channel).get(),
+    "take a dead letter": lambda channel: Queue("dead-letters")(channel).get(),
+    "purge": lambda channel: Queue("default")(channel).purge(),
+    "see what is sent": lambda channel: channel.queue_bind("celeryev.x", "default", "#"),
+    "write a dead letter": lambda channel: sent(channel, "dead-letters", "dead-letters"),
+}
+REFUSED = {
+    "orders": ALL,
+    "web": ALL
+    | READ
+    | {
+        "follow events": lambda channel: Queue("celeryev.x", exclusive=True, durable=False)(channel).declare(),
+        "command workers": lambda channel: sent(channel, "celery.pidbox", "x"),
+    },
+    "flower": ALL
+    | READ
+    | {
+        "send a task": lambda channel: sent(channel, "default", "default"),
+        "delay a task": lambda channel: sent(channel, "celery_delayed_27", "x"),
+        "make up events": lambda channel: sent(channel, "celeryev", "x"),
+    },
+}
+
+
+def test_each_user_is_refused_all_else(channel: Callable[..., Any]) -> None:
+    tried = []
+    for user, deeds in REFUSED.items():
+        for name, deed in deeds.items():
+            one = channel(user)
+            with closing(one), pytest.raises(AccessRefused):
+                deed(one)
+            tried.append((user, name))
+        with pytest.raises(NotAllowed):
+            channel(user, "other")
+    assert len(tried) == 7 + 14 + 15

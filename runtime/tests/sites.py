@@ -30,9 +30,9 @@ def free_port() -> int:
 class Site:
     """An application of a user, deployed: its folder, the environment and the credentials that a unit would give it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, credentials: str = "credentials") -> None:
         self.folder = folder
-        self.credentials = folder / "credentials"
+        self.credentials = folder / credentials
         self.credentials.mkdir()
         self.environment = {
             "CELERY_PLATFORM_APPLICATION": "shop:app",

@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import kombu.message
@@ -14,7 +15,7 @@ import pytest
 from celery import Celery
 from sites import Site, wait_for
 
-from celery_platform import dead_letters
+from celery_platform import dead_letters, guards
 from celery_platform.dead_letters import DeadLetter, Original, RabbitStore, RedisStore, Store
 
 SHOP = """
@@ -214,7 +215,7 @@ def test_a_message_is_not_acknowledged_before_it_is_kept(shop: Site) -> None:
     shop.write(
         SHOP
         + f"""
-from celery_platform import dead_letters
+from celery_platform import dead_letters, guards
 dead_letters.RETRY_INTERVAL = 1
 add = dead_letters.{name}.add
 def failing_add(self, letter):
@@ -283,6 +284,45 @@ def test_an_id_is_kept_once(shop: Site) -> None:
     assert store.get("3") is None
     assert store.remove(["1", "3"]) == 1
     assert [letter.id for letter in store.list()] == ["2"]
+
+
+@pytest.mark.parametrize("shop", ["rabbitmq"], indirect=True)
+def test_what_rabbitmq_gives_up_is_a_dead_letter_too(shop: Site, rabbitmq: tuple[str, Callable[..., str]]) -> None:
+    # As roles/rabbitmq has it.
+    limit = {"delivery-limit": 1, "dead-letter-strategy": "at-least-once", "overflow": "reject-publish"}
+    policy = limit | {"dead-letter-exchange": "dead-letters", "dead-letter-routing-key": "dead-letters"}
+    rabbitmq[1]("set_policy", "all", "^default$", json.dumps(policy))
+    app = shop.producer()
+    guards.use_transport()
+    guards.declare_delays(app)
+    store = store_of(app)
+    assert store.list() == []
+    app.send_task("works", task_id="rejected", retries=2)
+    with app.connection_for_read() as connection:
+        app.amqp.queues["default"](connection.default_channel).get().reject()
+    app.send_task("works", ("s3cret",), task_id="limit", countdown=1)
+
+    def taken_and_left() -> bool:
+        with app.connection_for_read() as connection:
+            message = app.amqp.queues["default"](connection.default_channel).get()
+        return bool(message)
+
+    for _ in range(2):
+        wait_for("the message", taken_and_left)
+    letters = wait_for("both", lambda: len(store.list()) == 2 and store.list())
+    assert [(letter.id, letter.task, letter.reason, letter.message, letter.retries) for letter in letters] == [
+        ("rejected", "works", "rejected", "rejected", 2),
+        ("limit", "works", "worker-lost", "delivery_limit", 0),
+    ]
+    assert time.time() - letters[1].failed < 10
+    assert (letters[1].original.queue, json.loads(letters[1].original.body)[0]) == ("default", ["s3cret"])
+    assert store.replay(["rejected", "limit"]) == 2
+    assert store.list() == []
+    with app.connection_for_read() as connection:
+        queue = app.amqp.queues["default"](connection.default_channel)
+        messages = list(iter(lambda: queue.get(no_ack=True), None))
+    assert {message.headers["id"] for message in messages} == {"rejected", "limit"}
+    assert not any("x-death" in message.headers for message in messages)
 
 
 @pytest.mark.parametrize("shop", ["redis"], indirect=True)

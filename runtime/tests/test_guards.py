@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import redis
-from amqp.exceptions import AccessRefused, NotFound
+from amqp.exceptions import AccessRefused, ChannelError, NotFound
 from celery import Celery
 from celery.exceptions import QueueNotFound
 from cryptography import x509
@@ -179,6 +179,96 @@ def test_who_may_not_declare_may_still_delay(rabbitmq: RabbitMQ) -> None:
     app.send_task("runs", countdown=1)
     control("set_permissions", "guest", ".*", ".*", ".*")
     assert wait_for("the message", lambda: messages(app, "default")) == ["runs"]
+
+
+def test_what_is_there_is_not_declared(rabbitmq: RabbitMQ) -> None:
+    url, control = rabbitmq
+    guards.declare_delays(guarded(broker_url=url, queues=["default"]))
+    had = [sorted(control("list_" + kind).split()) for kind in ("queues", "exchanges", "bindings")]
+    control("set_permissions", "guest", "^own", "^(own|default|celery_delayed_27)", "^(own|default)")
+    app = guarded(broker_url=url, queues=["default"], declare_queues=False)
+    app.conf.task_send_sent_event = False
+    app.send_task("now")
+    app.send_task("later", countdown=1)
+    with app.connection_for_write() as connection:
+        channel = connection.default_channel
+        # As the application and Celery would.
+        app.amqp.queues["default"](channel).declare()
+        Exchange("other")(channel).declare()
+        Exchange("default")(channel).bind_to("other")
+        own = Queue("own", Exchange("own", durable=False, auto_delete=True), "own", durable=False, exclusive=True)(channel)
+        own.declare()
+        own.bind_to("default", "default")
+        app.send_task("now", connection=connection)
+        assert [message.headers["task"] for message in iter(lambda: own.get(no_ack=True), None)] == ["now"]
+        with pytest.raises(NotFound, match="no queue 'missing'"):
+            Queue("missing", durable=True)(channel).declare()
+    arrived: list[str] = []
+    wait_for("the messages", lambda: arrived.extend(messages(app, "default")) or len(arrived) == 3)
+    assert sorted(arrived) == ["later", "now", "now"]
+    control("set_permissions", "guest", ".*", ".*", ".*")
+    assert [sorted(control("list_" + kind).split()) for kind in ("queues", "exchanges", "bindings")] == had
+
+
+# --- Messages that no queue takes ---
+
+
+def full(control: Callable[..., str], app: Celery) -> None:
+    """Let the queue `full` take no more. It is told so only after some messages too many."""
+    control("set_policy", "full", "^full$", '{"max-length": 1, "overflow": "reject-publish"}')
+    options: dict[str, Any] = {"retry": False, "queue": "full"}
+
+    def refused() -> bool:
+        with suppress(OperationalError):
+            app.send_task("runs", **options)
+            return False
+        return True
+
+    wait_for("a full queue", refused)
+
+
+def test_a_task_that_no_queue_takes_is_an_error_for_its_sender(rabbitmq: RabbitMQ) -> None:
+    url, control = rabbitmq
+    app = guarded(broker_url=url, queues=["default", "full"], publish_max_retries=2)
+    full(control, app)
+    with app.producer_pool.acquire(block=True) as producer:
+        # Declares it, which is done once for a connection.
+        app.send_task("runs", producer=producer)
+        with app.connection_for_write() as connection:
+            app.amqp.queues["default"](connection.default_channel).delete()
+        with pytest.raises(ChannelError, match="NO_ROUTE"):
+            app.send_task("runs", producer=producer)
+        # What RabbitMQ confirms for that one is not taken for the next one's.
+        start = time.monotonic()
+        with pytest.raises(OperationalError, match="its queue is full"):
+            app.send_task("runs", producer=producer, queue="full")
+        assert 3 <= time.monotonic() - start < 10
+
+
+def test_a_queue_that_is_full_for_a_while_only_delays(rabbitmq: RabbitMQ) -> None:
+    url, control = rabbitmq
+    app = guarded(broker_url=url, queues=["full"], default_queue="full")
+    full(control, app)
+    taken: list[str] = []
+    timer = threading.Timer(3, lambda: taken.extend(messages(app, "full")))
+    timer.start()
+    start = time.monotonic()
+    app.send_task("last")
+    assert time.monotonic() - start > 2
+    timer.join()
+    assert messages(app, "full") == ["last"]
+    assert set(taken) == {"runs"}
+
+
+def test_a_task_that_expires_is_left_to_its_worker(rabbitmq: RabbitMQ) -> None:
+    plain = bare(rabbitmq[0], ["default"])
+    plain.send_task("runs", expires=0.1)
+    time.sleep(0.5)
+    assert messages(plain, "default") == []
+    app = guarded(broker_url=rabbitmq[0], queues=["default"])
+    app.send_task("runs", expires=0.1)
+    time.sleep(0.5)
+    assert messages(app, "default") == ["runs"]
 
 
 def test_queues_whose_delayed_messages_would_mix_are_refused(rabbitmq: RabbitMQ) -> None:

@@ -61,14 +61,19 @@ HISTORY = (
     "x-first-death-exchange",
     "x-first-death-queue",
     "x-first-death-reason",
+    "x-last-death-exchange",
+    "x-last-death-queue",
+    "x-last-death-reason",
 )
 
 #: What reading a message of an unexpected form raises. (kombu takes a KeyError for a lost connection to Redis.)
 OF_FORM = (AttributeError, LookupError, TypeError, ValueError)
 
 FAILED, REJECTED, WORKER_LOST, TIME_LIMIT = "failed", "rejected", "worker-lost", "time-limit"
-UNKNOWN_TASK, UNDECODABLE, INVALID = "unknown-task", "undecodable", "invalid"
-REASONS = (FAILED, REJECTED, WORKER_LOST, TIME_LIMIT, UNKNOWN_TASK, UNDECODABLE, INVALID)
+UNKNOWN_TASK, UNDECODABLE, INVALID, EXPIRED = "unknown-task", "undecodable", "invalid", "expired"
+REASONS = (FAILED, REJECTED, WORKER_LOST, TIME_LIMIT, UNKNOWN_TASK, UNDECODABLE, INVALID, EXPIRED)
+#: What RabbitMQ calls its own (rabbitmq.com/docs/dlx).
+BROKER_REASONS = {"delivery_limit": WORKER_LOST, "rejected": REJECTED, "expired": EXPIRED}
 
 
 class StoreError(Exception):
@@ -110,6 +115,22 @@ class Original:
             headers=headers,
             properties={name: value for name, value in message.properties.items() if name not in not_of_the_sender},
         )
+
+    @property
+    def id(self) -> str:
+        """The task's id. One without is named by its content, so that it is kept once."""
+        return str(self.headers.get("id") or self.properties.get("correlation_id") or hashlib.sha256(self.body).hexdigest())
+
+    @property
+    def task(self) -> str:
+        """Its name."""
+        return str(self.headers.get("task") or "?")
+
+    @property
+    def retries(self) -> int:
+        """Which retry it is."""
+        retries = self.headers.get("retries")
+        return retries if isinstance(retries, int) else 0
 
     def counted(self, runs: int) -> Original:
         """Return it with so many runs behind it."""
@@ -273,7 +294,7 @@ class RedisStore(_Documents):
 
 
 class RabbitStore(_Documents):
-    """Dead letters in a quorum queue."""
+    """Dead letters in a quorum queue: our documents, and messages that a policy of RabbitMQ (roles/rabbitmq) put there."""
 
     queue = Queue(
         NAME,
@@ -303,7 +324,31 @@ class RabbitStore(_Documents):
                 messages = []
                 while message := queue.get(no_ack=False):
                     messages.append(message)
-                yield [(message, self.read(message.body)) for message in messages]
+                yield [(message, self._letter(message)) for message in messages]
+
+    def _letter(self, message: Any) -> DeadLetter:
+        """Return the dead letter that a message holds, or is."""
+        deaths = message.headers.get("x-death")
+        if not deaths:
+            return self.read(message.body)
+        # The latest one is the first; those before tell of delays, each of which RabbitMQ counts as a death.
+        death = deaths[0]
+        original = replace(Original.of(message, death["queue"]), exchange=death["exchange"], routing_key=death["routing-keys"][0])
+        when = death["time"].timestamp()
+        return DeadLetter(
+            id=original.id,
+            task=original.task,
+            reason=BROKER_REASONS.get(death["reason"], death["reason"]),
+            original=original,
+            exception="RabbitMQ",
+            message=death["reason"],
+            traceback=None,
+            runs=original.headers.get(RUNS_HEADER, 0),
+            retries=original.retries,
+            received=when,
+            failed=when,
+            hostname="",
+        )
 
     def list(self) -> Letters:
         """See Store. Meanwhile the queue is empty for others."""
@@ -571,14 +616,11 @@ class CountingConsumer(Consumer):  # type: ignore[misc]
         self.insist(lambda: self.store.add(letter), settle_surely)
 
     def letter(self, message: Any, death: Death, task: str = "", id: str = "", runs: int = 0, received: float | None = None) -> DeadLetter:
-        """Return the dead letter of a message. One without an id is named by its content, so that it is kept once."""
+        """Return the dead letter of a message."""
         original, now = self.original(message), time.time()
-        headers = original.headers
-        id = id or str(headers.get("id") or original.properties.get("correlation_id") or hashlib.sha256(original.body).hexdigest())
-        retries = headers.get("retries")
         return DeadLetter(
-            id=id,
-            task=task or str(headers.get("task") or "?"),
+            id=id or original.id,
+            task=task or original.task,
             reason=death.reason,
             original=original,
             # One that cannot be pickled comes from its process as a wrapper.
@@ -586,7 +628,7 @@ class CountingConsumer(Consumer):  # type: ignore[misc]
             message=str(death.exception),
             traceback=death.traceback,
             runs=runs,
-            retries=retries if isinstance(retries, int) else 0,
+            retries=original.retries,
             received=received or now,
             failed=now,
             hostname=self.hostname,

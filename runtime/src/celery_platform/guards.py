@@ -14,6 +14,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
+from amqp.exceptions import MessageNacked
 from celery import Celery
 from celery.exceptions import QueueNotFound
 from celery.utils.time import subtract_datetimes
@@ -41,6 +42,8 @@ OVERRIDDEN = (
     (pyamqp.Connection, "blocking_read"),
     (pyamqp.Transport, "establish_connection"),
 )
+#: Seconds until a message that RabbitMQ refused is sent again.
+NACK_INTERVAL = 1
 #: What says how long to wait for a broker.
 WAITING = frozenset({"max_retries", "interval_start", "interval_step", "interval_max"})
 
@@ -112,6 +115,10 @@ class Channel(pyamqp.Channel):
             if self.connection is not None:
                 self.connection.collect()
             raise
+        except MessageNacked:
+            # kombu tries again at once, and each time with a new connection.
+            time.sleep(NACK_INTERVAL)
+            raise MessageNacked("RabbitMQ refused the message: its queue is full, or has lost too many of its nodes") from None
         finally:
             self.events["basic_return"].discard(note)
         if returned:
