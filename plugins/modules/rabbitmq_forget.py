@@ -7,7 +7,7 @@ DOCUMENTATION = r"""
 module: rabbitmq_forget
 short_description: Take nodes that are no longer wanted out of a RabbitMQ cluster
 description:
-  - One that still runs is stopped and emptied, unless a quorum queue would lose its majority by that. To be run on one node.
+  - One that still runs is stopped, once no quorum queue would lose its majority by that. To be run on one node.
 options:
   node: {description: Name of the node that it is run on., type: str, required: true}
   nodes: {description: Names of all nodes that are wanted., type: list, elements: str, required: true}
@@ -20,17 +20,19 @@ from ansible.module_utils.rabbitmq_cli import START_TIME, Rabbit, RabbitError
 def forget(rabbit: Rabbit, node: str, runs: bool) -> None:
     """Take a node out of the cluster and of all its queues, once the queues can do without it.
 
+    It is reached through the cluster: its names and ports may be closed to commands from other hosts by now. The functions are
+    those that `rabbitmq-upgrade await_online_quorum_plus_one` and `rabbitmqctl stop_app` call.
+
     Raises:
         RabbitError: if they cannot.
     """
-    old = rabbit.at(node)
     if runs:
-        old.await_dispensable(START_TIME)
-        old("stop_app")
+        wait = f"rpc:call('{node}', rabbit_upgrade_preparation, await_online_quorum_plus_one, [{START_TIME * 1000}])."
+        if (told := rabbit("eval", wait, seconds=START_TIME).strip()) != "true":
+            raise RabbitError(f"{node} stays in the cluster, since quorum queues still need it ({told})")
+        if (told := rabbit("eval", f"rpc:call('{node}', rabbit, stop, []).").strip()) != "ok":
+            raise RabbitError(f"{node} cannot be stopped: {told}")
     rabbit("forget_cluster_node", node)
-    if runs:
-        # It knows nothing of the cluster any more, and could join it again.
-        old("force_reset")
 
 
 def main() -> None:

@@ -45,6 +45,22 @@ def target_of(rabbit: Rabbit, nodes: list[str], known: dict[str, dict[str, Any]]
     return target
 
 
+def resume(rabbit: Rabbit) -> None:
+    """Start a node that a run which stopped in between left stopped, or one that was taken out of the cluster.
+
+    Raises:
+        RabbitError: if it does not start.
+    """
+    try:
+        rabbit("start_app", seconds=START_TIME)
+    except RabbitError as error:
+        # The others have forgotten it, so it has nothing that they lack.
+        if "inconsistent_cluster" not in str(error):
+            raise
+        rabbit("force_reset")
+        rabbit("start_app", seconds=START_TIME)
+
+
 def join(rabbit: Rabbit, target: str) -> None:
     """Let a node join the cluster of another, and take members of its quorum queues."""
     cluster = rabbit.at(target)
@@ -77,8 +93,7 @@ def main() -> None:
     known = {info["node"]: info for info in module.params["known"]}
     try:
         if not known[rabbit.node]["running"] and not module.check_mode:
-            # A run that stopped in between, or that took the node out of the cluster, left it so.
-            rabbit("start_app", seconds=START_TIME)
+            resume(rabbit)
         target = target_of(rabbit, module.params["nodes"], known)
         if not module.check_mode:
             rabbit("eval", f'inet_db:add_rc("{module.params["names_file"]}").')

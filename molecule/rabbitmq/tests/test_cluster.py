@@ -263,6 +263,31 @@ def test_a_rolling_restart_waits_for_a_majority_and_goes_on_where_it_stopped(clu
     cluster.whole()
 
 
+def test_an_upgrade_takes_one_node_after_the_other(cluster: RabbitCluster) -> None:
+    """The newer package is the one that is installed, under another version."""
+    before = pids(cluster)
+    for node in cluster.nodes.values():
+        node.host.check_output("mkdir -p /srv/newer && cd /srv/newer && cp /var/cache/apt/archives/rabbitmq-server_*.deb old.deb")
+        node.host.check_output("cd /srv/newer && dpkg-deb -R old.deb x && sed -i 's/^Version: .*/&+newer/' x/DEBIAN/control")
+        node.host.check_output("cd /srv/newer && dpkg-deb -b x new.deb")
+        index = (
+            "cat x/DEBIAN/control; echo Filename: ./new.deb; stat -c 'Size: %s' new.deb; sha256sum new.deb | sed 's/ .*//; s/^/SHA256: /'"
+        )
+        node.host.check_output(f"cd /srv/newer && ({index}) > Packages")
+        node.host.check_output("echo 'deb [trusted=yes] file:/srv/newer ./' > /etc/apt/sources.list.d/newer.list && apt-get update")
+    try:
+        changed = cluster.application.converge(ONLY, "-e", "rabbitmq_upgrade=true")["changed"]
+        assert changed == [RESTARTED] * 3
+        assert set(pids(cluster).values()) & set(before.values()) == set()
+        for node in cluster.nodes.values():
+            assert node.host.package("rabbitmq-server").version.endswith("+newer")
+        cluster.whole()
+        assert cluster.application.converge(ONLY, "-e", "rabbitmq_upgrade=true")["changed"] == []
+    finally:
+        for node in cluster.nodes.values():
+            node.host.check_output("rm -r /srv/newer /etc/apt/sources.list.d/newer.list && apt-get update")
+
+
 # --- Bad input ---
 
 
@@ -286,7 +311,7 @@ def test_a_queue_that_would_have_to_change_stops_the_run(cluster: RabbitCluster)
     connection = cluster.connect("data1", "administrator", cluster.secrets["vault_rabbitmq_administrator_password"])
     connection.channel().queue_declare("reports", durable=True, auto_delete=False, arguments={"x-queue-type": "classic"})
     try:
-        with pytest.raises(AssertionError, match="(?s)nothing was changed on any host.*rabbitmq_applications .*queue orders/reports"):
+        with pytest.raises(AssertionError, match=r"(?s)nothing was changed on any host.*rabbitmq_applications .*queue orders/reports"):
             cluster.application.converge(ONLY, "-e", json.dumps({"celery_app_queues": ["critical", "default", "batch", "reports"]}))
     finally:
         connection.channel().queue_delete("reports")
