@@ -83,6 +83,22 @@ def define(control: Control, tmp_path: Path) -> Define:
     return run
 
 
+@pytest.fixture
+def channel(rabbitmq_node: tuple[str, Control]) -> Iterator[Callable[..., Any]]:
+    """Return a function that opens a channel of a user to a vhost."""
+    opened = []
+
+    def channel_of(user: str, vhost: str = "orders") -> Any:
+        address = rabbitmq_node[0].rpartition("@")[2]
+        connection = Connection(f"amqp://{address}/{vhost}", userid=user, password=password(user))
+        opened.append(connection)
+        return connection.channel()
+
+    yield channel_of
+    for connection in opened:
+        connection.close()
+
+
 def password(user: str) -> str:
     return f"Aa1/{user}-'\"ü{user}"
 
@@ -142,13 +158,16 @@ def test_what_it_defines_is_what_the_runtime_declares(define: Define, control: C
     control("delete_vhost", "declared")
 
 
-def test_a_password_is_changed_when_it_is_another(define: Define, control: Control) -> None:
+def test_a_password_is_changed_when_it_is_another(define: Define, control: Control, channel: Callable[..., Any]) -> None:
     define(USERS, {"shop": ["default"]})
+    opened = channel("orders", "shop")
     changed = [USERS[0], {"name": "orders", "password": "An0ther/password"}, *USERS[2:]]
     assert define(changed, {"shop": ["default"]})["changes"] == ["change user orders: password"]
     assert "Success" in control("authenticate_user", "orders", "An0ther/password")
     with pytest.raises(subprocess.CalledProcessError):
         control("authenticate_user", "orders", password("orders"))
+    # Who is connected stays so.
+    opened.queue_declare("default", passive=True)
 
 
 def test_what_is_ours_and_unwanted_goes_and_all_else_stays(define: Define, control: Control) -> None:
@@ -313,22 +332,6 @@ def test_each_user_can_do_what_it_is_for(sites: Callable[[str], Site], control: 
     assert refusals(log) == []
 
 
-@pytest.fixture
-def channel(sites: Callable[[str], Site], rabbitmq_node: tuple[str, Control]) -> Iterator[Callable[[str, str], Any]]:
-    """Return a function that opens a channel of a user to a vhost."""
-    opened = []
-
-    def channel_of(user: str, vhost: str = "orders") -> Any:
-        address = rabbitmq_node[0].rpartition("@")[2]
-        connection = Connection(f"amqp://{address}/{vhost}", userid=user, password=password(user))
-        opened.append(connection)
-        return connection.channel()
-
-    yield channel_of
-    for connection in opened:
-        connection.close()
-
-
 def sent(channel: Any, exchange: str, key: str) -> None:
     channel.basic_publish_confirm(Message(b"x"), exchange, key)
 
@@ -367,6 +370,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.usefixtures("sites")
 def test_each_user_is_refused_all_else(channel: Callable[..., Any]) -> None:
     tried = []
     for user, deeds in REFUSED.items():

@@ -260,6 +260,33 @@ def test_a_queue_that_is_full_for_a_while_only_delays(rabbitmq: RabbitMQ) -> Non
     assert set(taken) == {"runs"}
 
 
+@contextmanager
+def without_majority(control: Callable[..., str], queue: str, url: str) -> Iterator[None]:
+    """Stop the only member of a quorum queue: it has no majority, while RabbitMQ itself is as before."""
+    member = f"{{'{url.rpartition('/')[2]}_{queue}', node()}}"
+    control("eval", f"ra:stop_server(quorum_queues, {member}).")
+    try:
+        yield
+    finally:
+        control("eval", f"ra:restart_server(quorum_queues, {member}).")
+
+
+def test_a_queue_without_a_majority_is_an_error_for_the_sender_in_time(rabbitmq: RabbitMQ, rabbitmq_node: RabbitMQ) -> None:
+    url, _ = rabbitmq
+    app = guarded(broker_url=url, queues=["default"], publish_max_retries=5)
+    app.conf.broker_transport_options["confirm_timeout"] = 2
+    app.send_task("before")
+    for options in ({}, {"retry_policy": {"max_retries": 1000}}, {"countdown": 0}):
+        with without_majority(rabbitmq_node[1], "default", url):
+            start = time.monotonic()
+            with pytest.raises(OperationalError, match="did not take the task"):
+                app.send_task("during", **options)
+            assert 5 <= time.monotonic() - start < 9
+    app.send_task("after")
+    sent = wait_for("the messages", lambda: messages(app, "default"))
+    assert (sent[0], sent[-1]) == ("before", "after")
+
+
 def test_a_task_that_expires_is_left_to_its_worker(rabbitmq: RabbitMQ) -> None:
     plain = bare(rabbitmq[0], ["default"])
     plain.send_task("runs", expires=0.1)

@@ -59,6 +59,7 @@ def install(app: Celery, settings: Settings) -> None:
         check_queue_names(settings)
         use_transport()
         delay_safely(app, settings.declare_queues)
+        give_up(app, settings.publish_max_retries)
 
 
 def check_queue_names(settings: Settings) -> None:
@@ -222,6 +223,29 @@ def use_transport() -> None:
         transport.TRANSPORT_ALIASES[scheme] = f"{__name__}:{guarded.__name__}"
         # An application that connected while it was imported.
         transport._transport_cache.pop(scheme, None)
+
+
+# --- Giving up ---
+
+
+def give_up(app: Celery, seconds: float) -> None:
+    """Let a task that RabbitMQ does not take in so many seconds be an error for its sender.
+
+    kombu counts tries only (kombu/connection.py, ensure), each of which may wait for its confirmation: half an hour where
+    most nodes of a cluster are gone. The last try may end later by that time. Can go when kombu takes a time as well.
+    """
+    send = app.send_task
+
+    def send_task(*args: Any, retry_policy: dict[str, Any] | None = None, **options: Any) -> Any:
+        end = time.monotonic() + seconds
+
+        def check(error: Exception, interval: float) -> None:
+            if time.monotonic() > end:
+                raise OperationalError(f"RabbitMQ did not take the task: {error}") from error
+
+        return send(*args, retry_policy={"errback": check} | (retry_policy or {}), **options)
+
+    app.send_task = send_task
 
 
 # --- Countdowns ---
