@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from typing import IO, Any
 
-from nodes import Node, wait_for
+import pytest
+from nodes import REPOSITORY, Node, wait_for
+
+#: `make drills` repeats what chance has a part in, and has the time for all of it.
+FULL = "DRILLS" in os.environ
+only_in_drills = pytest.mark.skipif(not FULL, reason="part of `make drills`")
+#: How often a broker is killed, and the workers of all hosts.
+BROKERS_KILLED = 5 if FULL else 1
+WORKERS_KILLED = 20 if FULL else 5
+#: Seconds, the median of a machine that does nothing else; a single one may take longer, and CI has other work.
+RECOVERY = 6 if FULL else 20
 
 #: Sends tasks until its standard input ends; each line is one publish: id or error, time, seconds that it took. The last
 #: line says which results there are, if they are asked for: none within a minute, or an error.
@@ -117,6 +129,12 @@ class Stream:
         before = len(self.ended())
         wait_for("more tasks", lambda: len(self.ended()) >= before + 100, seconds=60, every=1)
 
+    def stop(self) -> None:
+        """Send no more."""
+        if self.process.stdin:
+            self.process.stdin.close()
+            self.process.stdin = None
+
     def report(self, seconds: float = 60) -> Report:
         """Stop sending; return what became of the tasks, once all ran or so many seconds are over."""
         rest, _ = self.process.communicate(timeout=120)
@@ -136,3 +154,48 @@ class Stream:
             longest_publish=max(entry["took"] for entry in sent),
             longest_pause=max(later - earlier for earlier, later in pairwise(times)),
         )
+
+
+def drill(name: str, workers: Sequence[Node], fault: Callable[[], None], well: Callable[[], None]) -> Report:
+    """Let something happen under a stream of tasks; return what became of them, once all is well again.
+
+    Args:
+        name: what the table of all drills calls it.
+        workers: hosts; the first one sends, too.
+        fault: does it.
+        well: returns when all is well.
+    """
+    well()
+    with Stream(workers[0], workers) as stream:
+        time.sleep(2)
+        fault()
+        well()
+        stream.goes_on()
+        report = stream.report()
+    with (REPOSITORY / ".lab/drills.txt").open("a") as table:
+        table.write(f"{name}: {report}\n")
+    assert report.acknowledged > 200, report.refused
+    return report
+
+
+def kill_workers(workers: Sequence[Node]) -> None:
+    """Kill the workers of all hosts several times, main process and children."""
+    for _ in range(WORKERS_KILLED):
+        for node in workers:
+            node.host.check_output("systemctl kill --signal=KILL celery-worker@critical")
+        time.sleep(4)
+
+
+@contextmanager
+def cut_off(node: Node, others: Sequence[Node]) -> Iterator[None]:
+    """Let nothing through between a host and others."""
+    addresses = ", ".join(other.address for other in others)
+    chains = [
+        f"chain {hook} {{ type filter hook {hook} priority -200; ip {end} {{ {addresses} }} drop; }}"
+        for hook, end in (("input", "saddr"), ("output", "daddr"))
+    ]
+    node.host.check_output("nft %s", f"table inet drill {{ {'; '.join(chains)}; }}")
+    try:
+        yield
+    finally:
+        node.host.check_output("nft delete table inet drill")

@@ -24,6 +24,10 @@ CLIENTS = {"redis", "redis_sentinel", "celery_worker", "celery_beat", "celery_fl
 DECLARED = [
     (6379, {"redis"}, CLIENTS),
     (26379, {"redis_sentinel"}, CLIENTS),
+    (5671, {"rabbitmq"}, CLIENTS - {"redis", "redis_sentinel"}),
+    (15691, {"rabbitmq"}, {"monitoring"}),
+    (4369, {"rabbitmq"}, {"rabbitmq"}),
+    (25672, {"rabbitmq"}, {"rabbitmq"}),
 ]
 SCAN = """
 import concurrent.futures, socket, sys

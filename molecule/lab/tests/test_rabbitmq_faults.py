@@ -5,29 +5,20 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
-from drills import Report, Stream
-from nodes import REPOSITORY, Node
+from drills import BROKERS_KILLED, RECOVERY, Report, cut_off, drill, kill_workers, only_in_drills
 from rabbit import SERVICE, RabbitCluster
 
 testinfra_hosts = ["ansible://app1"]
 
 Fault = Callable[[RabbitCluster], None]
 
-FULL = "DRILLS" in os.environ
-LEADERS_KILLED = 5 if FULL else 1
-#: Each time those of both hosts.
-WORKERS_KILLED = 20 if FULL else 5
-#: Seconds: half of all failovers are over by then.
-RECOVERY = 6
 #: Of the stream's tasks.
 QUEUE = "critical"
 KILL = f"systemctl kill --signal=KILL {SERVICE}"
@@ -58,21 +49,6 @@ def leader_alone_with_a_producer(cluster: RabbitCluster) -> None:
         time.sleep(20)
 
 
-@contextmanager
-def cut_off(node: Node, others: list[Node]) -> Iterator[None]:
-    """Let nothing through between a host and others."""
-    addresses = ", ".join(other.address for other in others)
-    chains = [
-        f"chain {hook} {{ type filter hook {hook} priority -200; ip {end} {{ {addresses} }} drop; }}"
-        for hook, end in (("input", "saddr"), ("output", "daddr"))
-    ]
-    node.host.check_output("nft %s", f"table inet drill {{ {'; '.join(chains)}; }}")
-    try:
-        yield
-    finally:
-        node.host.check_output("nft delete table inet drill")
-
-
 def disk_full(cluster: RabbitCluster) -> None:
     """Let a node take its disk for full for fifteen seconds: no node takes messages then."""
     cluster.ctl("data1", "set_disk_free_limit 1000TB")
@@ -99,11 +75,7 @@ def hosts_rebooted_at_once(cluster: RabbitCluster) -> None:
 
 
 def workers_killed(cluster: RabbitCluster) -> None:
-    """Kill the workers of both hosts, main process and children."""
-    for _ in range(WORKERS_KILLED):
-        for node in cluster.workers:
-            node.host.check_output("systemctl kill --signal=KILL celery-worker@critical")
-        time.sleep(4)
+    kill_workers(cluster.workers)
 
 
 def workers_stopped(cluster: RabbitCluster) -> None:
@@ -117,25 +89,25 @@ def workers_stopped(cluster: RabbitCluster) -> None:
     "fault",
     [
         workers_killed,
-        workers_stopped,
-        two_nodes_killed_in_turn,
+        pytest.param(workers_stopped, marks=only_in_drills),
+        pytest.param(two_nodes_killed_in_turn, marks=only_in_drills),
         leader_cut_off,
-        leader_alone_with_a_producer,
+        pytest.param(leader_alone_with_a_producer, marks=only_in_drills),
         disk_full,
         nodes_restarted,
         hosts_rebooted_at_once,
     ],
 )
 def test_nothing_acknowledged_is_lost(cluster: RabbitCluster, fault: Fault) -> None:
-    report = drill(cluster, fault)
+    report = rabbit_drill(cluster, fault)
     assert report.lost == []
     if fault is workers_stopped:
         assert report.duplicated == 0
 
 
 def test_tasks_flow_again_soon_after_the_leader_was_killed(cluster: RabbitCluster) -> None:
-    reports = [drill(cluster, leader_killed) for _ in range(LEADERS_KILLED)]
-    assert [report.lost for report in reports] == [[]] * LEADERS_KILLED
+    reports = [rabbit_drill(cluster, leader_killed) for _ in range(BROKERS_KILLED)]
+    assert [report.lost for report in reports] == [[]] * BROKERS_KILLED
     assert statistics.median(report.longest_pause for report in reports) <= RECOVERY
 
 
@@ -143,17 +115,5 @@ def test_a_run_after_all_that_changes_nothing(cluster: RabbitCluster) -> None:
     assert cluster.application.converge()["changed"] == []
 
 
-def drill(cluster: RabbitCluster, fault: Fault) -> Report:
-    """Let something happen under a stream of tasks; return what became of them, once all is well again."""
-    cluster.whole()
-    with Stream(cluster.workers[0], cluster.workers) as stream:
-        time.sleep(2)
-        fault(cluster)
-        cluster.whole()
-        stream.goes_on()
-        report = stream.report()
-    # The table that the drills make, for whoever reads the run.
-    with (REPOSITORY / ".lab/drills.txt").open("a") as table:
-        table.write(f"{fault.__name__.replace('_', ' ')}: {report}\n")
-    assert report.acknowledged > 200
-    return report
+def rabbit_drill(cluster: RabbitCluster, fault: Fault) -> Report:
+    return drill(f"RabbitMQ, {fault.__name__.replace('_', ' ')}", cluster.workers, lambda: fault(cluster), cluster.whole)

@@ -6,28 +6,18 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 from cluster import Cluster
-from drills import Report, Stream
-from nodes import REPOSITORY, Node
+from drills import BROKERS_KILLED, RECOVERY, Report, cut_off, drill, kill_workers, only_in_drills
 
 testinfra_hosts = ["ansible://app1"]
 
 Fault = Callable[[Cluster], None]
-
-FULL = "DRILLS" in os.environ
-MASTERS_KILLED = 5 if FULL else 1
-#: Each time those of both hosts.
-WORKERS_KILLED = 20 if FULL else 5
-#: Seconds, the median of a machine that does nothing else; a single one may take longer, and CI has other work.
-RECOVERY = 6 if FULL else 20
 
 
 def master_killed(cluster: Cluster) -> None:
@@ -49,21 +39,6 @@ def master_alone_with_a_producer(cluster: Cluster) -> None:
         time.sleep(20)
 
 
-@contextmanager
-def cut_off(node: Node, others: list[Node]) -> Iterator[None]:
-    """Let nothing through between a host and others."""
-    addresses = ", ".join(other.address for other in others)
-    chains = [
-        f"chain {hook} {{ type filter hook {hook} priority -200; ip {end} {{ {addresses} }} drop; }}"
-        for hook, end in (("input", "saddr"), ("output", "daddr"))
-    ]
-    node.host.check_output("nft %s", f"table inet drill {{ {'; '.join(chains)}; }}")
-    try:
-        yield
-    finally:
-        node.host.check_output("nft delete table inet drill")
-
-
 def hosts_rebooted_in_turn(cluster: Cluster) -> None:
     """Reboot all but the producer's."""
     for name in (*cluster.nodes, "app2"):
@@ -79,27 +54,23 @@ def sentinel_and_master_killed(cluster: Cluster) -> None:
 
 
 def workers_killed(cluster: Cluster) -> None:
-    """Kill the workers of both hosts, main process and children."""
-    for _ in range(WORKERS_KILLED):
-        for node in cluster.workers:
-            node.host.check_output("systemctl kill --signal=KILL celery-worker@critical")
-        time.sleep(4)
+    kill_workers(cluster.workers)
 
 
 @pytest.mark.parametrize(
     "fault", [workers_killed, sentinel_and_master_killed, master_frozen, master_alone_with_a_producer, hosts_rebooted_in_turn]
 )
 def test_nothing_acknowledged_is_lost(cluster: Cluster, fault: Fault) -> None:
-    assert drill(cluster, fault).lost == []
+    assert redis_drill(cluster, fault).lost == []
 
 
 def test_tasks_flow_again_soon_after_the_master_was_killed(cluster: Cluster) -> None:
-    reports = [drill(cluster, master_killed) for _ in range(MASTERS_KILLED)]
-    assert [report.lost for report in reports] == [[]] * MASTERS_KILLED
+    reports = [redis_drill(cluster, master_killed) for _ in range(BROKERS_KILLED)]
+    assert [report.lost for report in reports] == [[]] * BROKERS_KILLED
     assert statistics.median(report.longest_pause for report in reports) <= RECOVERY
 
 
-@pytest.mark.skipif(not FULL, reason="part of `make drills`")
+@only_in_drills
 def test_a_site_changes_its_transport_while_tasks_flow(cluster: Cluster) -> None:
     """Each time the producer, which goes on, uses the other transport than the workers do by then."""
 
@@ -108,24 +79,13 @@ def test_a_site_changes_its_transport_while_tasks_flow(cluster: Cluster) -> None
         return lambda cluster: str(cluster.application.converge("--tags=celery_app,celery_worker,celery_beat", "-e", settings))
 
     try:
-        assert drill(cluster, to("kombu"), "workers change to kombu's transport").lost == []
-        drill(cluster, workers_killed, "workers killed, with kombu's transport")
+        assert redis_drill(cluster, to("kombu"), "workers change to kombu's transport").lost == []
+        redis_drill(cluster, workers_killed, "workers killed, with kombu's transport")
     finally:
-        report = drill(cluster, to("atomic"), "workers change to the atomic transport")
+        report = redis_drill(cluster, to("atomic"), "workers change to the atomic transport")
     assert report.lost == []
 
 
-def drill(cluster: Cluster, fault: Fault, name: str = "") -> Report:
-    """Let something happen under a stream of tasks; return what became of them, once all is well again."""
-    cluster.replicas_follow()
-    with Stream(cluster.workers[0], cluster.workers) as stream:
-        time.sleep(2)
-        fault(cluster)
-        cluster.replicas_follow()
-        stream.goes_on()
-        report = stream.report()
-    # The table that the drills make, for whoever reads the run.
-    with (REPOSITORY / ".lab/drills.txt").open("a") as table:
-        table.write(f"{name or fault.__name__.replace('_', ' ')}: {report}\n")
-    assert report.acknowledged > 200, report.refused
-    return report
+def redis_drill(cluster: Cluster, fault: Fault, name: str = "") -> Report:
+    name = f"Redis, {name or fault.__name__.replace('_', ' ')}"
+    return drill(name, cluster.workers, lambda: fault(cluster), cluster.replicas_follow)

@@ -15,6 +15,7 @@ import amqp
 import pytest
 import yaml
 from authority import Authority
+from drills import only_in_drills
 from nodes import Node
 from rabbit import AMQPS, DISTRIBUTION, METRICS, SERVICE, VHOST, RabbitCluster
 
@@ -221,6 +222,7 @@ def test_a_node_whose_disk_was_replaced_joins_again(cluster: RabbitCluster, kept
     assert cluster.application.converge(ONLY)["changed"] == []
 
 
+@only_in_drills
 def test_a_node_leaves_and_comes_with_the_inventory(
     cluster: RabbitCluster, kept: Callable[[], int], other_inventory: Callable[[list[str]], Node]
 ) -> None:
@@ -242,6 +244,7 @@ def test_a_node_leaves_and_comes_with_the_inventory(
     assert cluster.application.converge(ONLY)["changed"] == []
 
 
+@only_in_drills
 def test_a_rolling_restart_waits_for_a_majority_and_goes_on_where_it_stopped(cluster: RabbitCluster) -> None:
     settings = json.dumps({"rabbitmq_settings": {"channel_max": 2046}, "__rabbitmq_patience": 5})
     before = pids(cluster)
@@ -263,6 +266,7 @@ def test_a_rolling_restart_waits_for_a_majority_and_goes_on_where_it_stopped(clu
     cluster.whole()
 
 
+@only_in_drills
 def test_an_upgrade_takes_one_node_after_the_other(cluster: RabbitCluster) -> None:
     """The newer package is the one that is installed, under another version."""
     before = pids(cluster)

@@ -1,0 +1,32 @@
+"""A site changes its broker while tasks flow: none is lost, and the tests that follow find Redis as the broker."""
+
+from __future__ import annotations
+
+import pytest
+from cluster import Cluster
+from drills import Stream
+
+testinfra_hosts = ["ansible://app1"]
+
+
+@pytest.mark.parametrize("broker", ["redis"])
+def test_a_site_moves_to_another_broker_while_tasks_flow(cluster: Cluster, broker: str) -> None:
+    def move() -> None:
+        cluster.application.converge(playbook="playbooks/operations/move_broker.yml")
+
+    send = "print(app.send_task('orders.tasks.send_email', (4711,), countdown=300, ignore_result=True).id)"
+    later = cluster.application.celery_python(send)
+    with Stream(cluster.application, cluster.workers) as stream:
+        # As the site's own file; the inventory's, which is kept in git, comes before it.
+        (cluster.application.inventory / "group_vars/all/test_moved.yml").write_text(f"---\ncelery_broker: {broker}\n")
+        move()
+        # The producer, as one that is not deployed from here, still sends to the other broker.
+        stream.stop()
+        move()
+        report = stream.report()
+    assert (report.refused, report.lost) == ([], [])
+    assert report.acknowledged > 1000
+    # It waits on its host for its time.
+    scheduled = "import json; print(json.dumps(app.control.inspect().scheduled()))"
+    assert later in cluster.application.celery_python(scheduled)
+    assert cluster.application.converge(playbook="playbooks/operations/move_broker.yml")["changed"] == []
