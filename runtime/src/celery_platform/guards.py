@@ -229,21 +229,28 @@ def use_transport() -> None:
 
 
 def give_up(app: Celery, seconds: float) -> None:
-    """Let a task that RabbitMQ does not take in so many seconds be an error for its sender.
+    """Let a task that RabbitMQ does not take in so many seconds be an error for its sender, and not earlier.
 
-    kombu counts tries only (kombu/connection.py, ensure), each of which may wait for its confirmation: half an hour where
-    most nodes of a cluster are gone. The last try may end later by that time. Can go when kombu takes a time as well.
+    kombu counts tries only (kombu/connection.py, ensure). Each may wait for its confirmation, which takes half an hour where
+    most nodes of a cluster are gone, or be refused at once by all nodes, which takes moments while they restart. And the
+    first connection is not tried again at all after four seconds (default_channel). The last try may end later, by the
+    time for its confirmation. Can go when kombu takes a time as well.
     """
     send = app.send_task
 
-    def send_task(*args: Any, retry_policy: dict[str, Any] | None = None, **options: Any) -> Any:
+    def send_task(*args: Any, retry_policy: dict[str, Any] | None = None, producer: Any = None, **options: Any) -> Any:
         end = time.monotonic() + seconds
 
         def check(error: Exception, interval: float) -> None:
             if time.monotonic() > end:
                 raise OperationalError(f"RabbitMQ did not take the task: {error}") from error
 
-        return send(*args, retry_policy={"errback": check} | (retry_policy or {}), **options)
+        policy = app.conf.task_publish_retry_policy | {"errback": check, "max_retries": None} | (retry_policy or {})
+        if options.get("connection") or not options.get("retry", app.conf.task_publish_retry):
+            return send(*args, retry_policy=policy, producer=producer, **options)
+        with app.producer_or_acquire(producer) as connected:
+            connected.connection.ensure_connection(**{name: policy[name] for name in (WAITING | {"errback"}) & policy.keys()})
+            return send(*args, retry_policy=policy, producer=connected, **options)
 
     app.send_task = send_task
 

@@ -100,7 +100,7 @@ class Settings(BaseSettings):
     #: What all keys and channels in Redis begin with.
     key_prefix: str = ""
     pool_limit: Count = 10
-    #: Tries to publish a task, with up to a second between them; must outlast a failover of the broker.
+    #: Tries to publish a task, with up to a second between them; with RabbitMQ, the seconds for them. Must outlast a failover.
     publish_max_retries: Annotated[int, Field(ge=0)] = 60
     #: `atomic` loses no message of a killed worker; `kombu` is kombu's own, for versions that ours is not proven with.
     redis_transport: Literal["atomic", "kombu"] = "atomic"
