@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,16 +104,22 @@ class Stream:
         """Begin to send, and wait until tasks run."""
         arguments = [PRODUCER, str(self.rate), str(self.results)]
         command = self.producer.ssh("celery-exec", "env", *self.environment, "python", "-c", *arguments)
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout
-        self.output = self.process.stdout
-        first = json.loads(self.output.readline())["id"]
-        wait_for("the first task of the stream", lambda: first in self.ended())
+        # A file takes what nobody reads yet, however long it goes on.
+        self.output = tempfile.NamedTemporaryFile("a")
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self.output, text=True)
+        first = wait_for("the first task of the stream", lambda: self.told()[:1])[0]["id"]
+        wait_for("the first task's end", lambda: first in self.ended())
         return self
 
     def __exit__(self, *_: Any) -> None:
         """Stop sending."""
         self.process.kill()
+        self.output.close()
+
+    def told(self) -> list[dict[str, Any]]:
+        """Return what the producer has printed so far, line by line."""
+        with open(self.output.name) as lines:
+            return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def ended(self) -> dict[str, list[float]]:
         """Return when each task ended, as often as it did, by the workers' logs."""
@@ -137,8 +144,9 @@ class Stream:
 
     def report(self, seconds: float = 60) -> Report:
         """Stop sending; return what became of the tasks, once all ran or so many seconds are over."""
-        rest, _ = self.process.communicate(timeout=120)
-        *sent, results = (json.loads(line) for line in rest.splitlines())
+        self.stop()
+        self.process.wait(120)
+        *sent, results = self.told()
         acknowledged = {entry["id"] for entry in sent if "id" in entry}
         end = time.monotonic() + seconds
         while (missing := acknowledged - (ended := self.ended()).keys()) and time.monotonic() < end:

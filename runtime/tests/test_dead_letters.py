@@ -57,9 +57,11 @@ def retries(self):
 def rejects():
     raise Reject("never", requeue=False)
 
-@app.task(name="waits")
-def waits():
-    if ran("waits") < 5:
+@app.task(name="waits", bind=True)
+def waits(self):
+    runs = ran("waits")
+    assert bool(self.request.delivery_info.get("redelivered")) == (runs > 1)
+    if runs < 5:
         raise Reject("not yet", requeue=True)
 
 @app.task(name="slow", time_limit=1, soft_time_limit=0.5)

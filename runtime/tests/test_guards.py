@@ -194,7 +194,7 @@ def test_what_is_there_is_not_declared(rabbitmq: RabbitMQ) -> None:
         channel = connection.default_channel
         # As the application and Celery would.
         app.amqp.queues["default"](channel).declare()
-        Exchange("other")(channel).declare()
+        Queue("default", Exchange("other"), "other")(channel).declare()
         Exchange("default")(channel).bind_to("other")
         own = Queue("own", Exchange("own", durable=False, auto_delete=True), "own", durable=False, exclusive=True)(channel)
         own.declare()

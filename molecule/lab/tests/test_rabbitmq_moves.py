@@ -16,7 +16,7 @@ def test_a_site_moves_to_another_broker_while_tasks_flow(cluster: Cluster, broke
 
     send = "print(app.send_task('orders.tasks.send_email', (4711,), countdown=300, ignore_result=True).id)"
     later = cluster.application.celery_python(send)
-    with Stream(cluster.application, cluster.workers) as stream:
+    with Stream(cluster.application, cluster.workers, rate=10) as stream:
         # As the site's own file; the inventory's, which is kept in git, comes before it.
         (cluster.application.inventory / "group_vars/all/test_moved.yml").write_text(f"---\ncelery_broker: {broker}\n")
         move()
@@ -25,7 +25,7 @@ def test_a_site_moves_to_another_broker_while_tasks_flow(cluster: Cluster, broke
         move()
         report = stream.report()
     assert (report.refused, report.lost) == ([], [])
-    assert report.acknowledged > 1000
+    assert report.acknowledged > 300
     # It waits on its host for its time.
     scheduled = "import json; print(json.dumps(app.control.inspect().scheduled()))"
     assert later in cluster.application.celery_python(scheduled)

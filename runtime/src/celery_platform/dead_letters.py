@@ -452,12 +452,13 @@ class CountedRequest(Request):  # type: ignore[misc]
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
         self.received = time.time()
+        if RUNS_HEADER in self._request_dict:
+            # Sent again by a worker, if only since the task asked for it. It may look at this, as
+            # worker_deduplicate_successful_tasks does.
+            self._delivery_info["redelivered"] = True
         # Not for the task: a retry begins to count anew.
         self.earlier_runs = int(self._request_dict.pop(RUNS_HEADER, 0))
         self.runs = self.earlier_runs
-        if self.earlier_runs:
-            # worker_deduplicate_successful_tasks looks at this.
-            self._delivery_info["redelivered"] = True
 
     def may_run(self) -> bool:
         """Tell whether to run this delivery; if not, see to its message."""
