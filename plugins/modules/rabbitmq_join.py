@@ -45,6 +45,13 @@ def target_of(rabbit: Rabbit, nodes: list[str], known: dict[str, dict[str, Any]]
     return target
 
 
+def learn(rabbit: Rabbit, nodes: list[str], names_file: str) -> None:
+    """Let a running node know what its files say of the others (templates inetrc.j2, nodes.conf.j2)."""
+    others = ", ".join(f"'{node}'" for node in sorted(nodes) if node != rabbit.node)
+    handling = f"application:set_env(rabbit, cluster_partition_handling, {{pause_if_all_down, [{others}], autoheal}})"
+    rabbit("eval", f'inet_db:add_rc("{names_file}"){f", {handling}" if others else ""}.')
+
+
 def resume(rabbit: Rabbit) -> None:
     """Start a node that a run which stopped in between left stopped, or one that was taken out of the cluster.
 
@@ -96,7 +103,7 @@ def main() -> None:
             resume(rabbit)
         target = target_of(rabbit, module.params["nodes"], known)
         if not module.check_mode:
-            rabbit("eval", f'inet_db:add_rc("{module.params["names_file"]}").')
+            learn(rabbit, module.params["nodes"], module.params["names_file"])
             if target:
                 join(rabbit, target)
     except RabbitError as error:

@@ -51,7 +51,7 @@ def leader_alone_with_a_producer(cluster: RabbitCluster) -> None:
 
 def disk_full(cluster: RabbitCluster) -> None:
     """Let a node take its disk for full for fifteen seconds: no node takes messages then."""
-    cluster.ctl("data1", "set_disk_free_limit 1000TB")
+    cluster.ctl("data1", "set_disk_free_limit 1000000GB")
     time.sleep(15)
     assert "disk" in str(cluster.ask("data2", "cluster_status")["alarms"])
     cluster.ctl("data1", "set_disk_free_limit 1GB")
