@@ -78,10 +78,11 @@ def bring(url: str, password: str, app: Celery, store: Store, settings: Settings
                 continue
             if brought.total() > before:
                 end = time.monotonic() + SILENCE
-    for letter in there.list():
+    letters = there.list()
+    for letter in letters:
         store.add(letter)
-        there.remove([letter.id])
-        brought["dead-letters"] += 1
+    if letters:
+        brought["dead-letters"] = there.remove([letter.id for letter in letters])
     if homeless:
         raise LookupError(f"There is no queue for delayed tasks of: {', '.join(sorted(homeless))}")
     return brought
