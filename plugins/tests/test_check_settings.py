@@ -198,7 +198,7 @@ SETTINGS: dict[str, Any] = {
     "celery_app_name": "orders",
     "celery_app_source": str(REPOSITORY / "examples" / "orders"),
     "celery_app_application": "orders.app:app",
-    "celery_app_broker_password": "{{ vault_celery_redis_password }}",
+    "celery_app_redis_password": "{{ vault_celery_redis_password }}",
     "celery_app_queues": ["critical", "default"],
     "celery_app_routes": {"orders.tasks.send_email": {"queue": "critical", "priority": 3}},
     "celery_worker_list": [

@@ -113,7 +113,7 @@ def test_passwords_change_and_redis_restarts_while_tasks_flow(cluster: Cluster) 
     settings = {
         "redis_requirepass": new["vault_redis_requirepass"],
         "redis_settings": {"databases": databases},
-        "celery_app_broker_password": new["vault_celery_redis_password"],
+        "celery_app_redis_password": new["vault_celery_redis_password"],
     }
     before = cluster.master()
     pids = {name: node.show("redis-server", "MainPID") for name, node in cluster.nodes.items()}
