@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -26,7 +27,7 @@ from celery_platform.settings import BadSettings, Settings
 
 #: Messages that are brought before the first of them is acknowledged, at most.
 PREFETCH = 100
-#: Seconds until a broker that gives nothing is taken to have nothing; it answers within milliseconds.
+#: Seconds until a broker that gives nothing is taken to have nothing more; it answers within milliseconds.
 SILENCE = 3
 
 
@@ -45,39 +46,24 @@ def bring(url: str, password: str, app: Celery, store: Store, settings: Settings
     if settings.uses_rabbitmq and settings.declare_queues:
         guards.declare_delays(app)
     brought: Counter[str] = Counter()
+    homeless: set[str] = set()
     with source.connection_for_read() as connection:
         connection.ensure_connection(max_retries=3)
-        channel = connection.channel()
         delayed = []
         if found.uses_redis_broker:
-            _give_back(channel)
+            with connection.channel() as channel:
+                _give_back(channel)
         else:
-            delayed = [Queue(level_name(level), no_declare=True) for level in range(MAX_NUMBER_OF_BITS_TO_USE)]
-        channel.basic_qos(0, PREFETCH, False)
-        homeless: set[str] = set()
-
-        def take(message: Any, queue: str) -> None:
-            if queue not in app.amqp.queues:
-                homeless.add(queue)
-                return
-            _send(Original.of(message, queue), store)
-            message.ack()
-            brought[queue] += 1
-
+            delayed = [Queue(level_name(level)) for level in range(MAX_NUMBER_OF_BITS_TO_USE)]
         for queue in (*source.amqp.queues.values(), *delayed):
-            name = None if queue in delayed else queue.name
-            consumer = connection.Consumer([queue], channel=channel, auto_declare=False)
-            consumer.on_message = lambda message, name=name: take(message, name or DELAY.sub("", message.delivery_info["routing_key"]))
-            consumer.consume()
-        end = time.monotonic() + SILENCE
-        while time.monotonic() < end:
-            before = brought.total()
-            try:
-                connection.drain_events(timeout=1)
-            except TimeoutError:
-                continue
-            if brought.total() > before:
-                end = time.monotonic() + SILENCE
+            for message in _messages(connection, queue.name, found):
+                name = DELAY.sub("", message.delivery_info["routing_key"]) if queue in delayed else queue.name
+                if name in app.amqp.queues:
+                    _send(Original.of(message, name), store)
+                    message.ack()
+                    brought[name] += 1
+                else:
+                    homeless.add(name)
     letters = there.list()
     for letter in letters:
         store.add(letter)
@@ -96,6 +82,25 @@ def _other(settings: Settings, url: str, password: str) -> tuple[Celery, Setting
     guards.use_transport()
     redis_transport.install(app, found)
     return app, found
+
+
+def _messages(connection: Any, name: str, settings: Settings) -> Iterator[Any]:
+    """Take as many messages from a queue as it has by now, however many still come; those that are not acknowledged return to it."""
+    with connection.channel() as channel:
+        left = channel._size(name) if settings.uses_redis_broker else channel.queue_declare(name, passive=True).message_count
+        channel.basic_qos(0, PREFETCH, False)
+        taken: deque[Any] = deque()
+        consumer = connection.Consumer([Queue(name)], channel=channel, auto_declare=False, on_message=taken.append)
+        consumer.consume()
+        while left:
+            if not taken:
+                try:
+                    connection.drain_events(timeout=SILENCE)
+                except TimeoutError:
+                    return
+            while left and taken:
+                yield taken.popleft()
+                left -= 1
 
 
 def _give_back(channel: Any) -> None:
