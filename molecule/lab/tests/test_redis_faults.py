@@ -58,7 +58,14 @@ def workers_killed(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", [workers_killed, sentinel_and_master_killed, master_frozen, master_alone_with_a_producer, hosts_rebooted_in_turn]
+    "fault",
+    [
+        workers_killed,
+        sentinel_and_master_killed,
+        master_frozen,
+        pytest.param(master_alone_with_a_producer, marks=only_in_drills),
+        pytest.param(hosts_rebooted_in_turn, marks=only_in_drills),
+    ],
 )
 def test_nothing_acknowledged_is_lost(cluster: Cluster, fault: Fault) -> None:
     assert redis_drill(cluster, fault).lost == []
