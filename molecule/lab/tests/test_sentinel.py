@@ -11,7 +11,7 @@ import pytest
 import redis
 import yaml
 from cluster import REDIS, SENTINEL, Cluster
-from drills import Report, Stream
+from drills import Report, Stream, only_in_drills
 from nodes import REPOSITORY, Node, wait_for
 
 testinfra_hosts = ["ansible://app1"]
@@ -101,6 +101,7 @@ def test_a_host_that_is_down_is_left_out_and_one_that_was_rebuilt_joins_the_mast
     assert cluster.application.converge(ONLY_REDIS, *wanted)["changed"] == []
 
 
+@only_in_drills
 def test_passwords_change_and_redis_restarts_while_tasks_flow(cluster: Cluster) -> None:
     """The settings hold new passwords beside the old ones, and one that Redis takes at its start only."""
     cluster.replicas_follow()

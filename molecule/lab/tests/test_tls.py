@@ -19,6 +19,7 @@ import testinfra
 from authority import Authority, Issued
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from drills import only_in_drills
 from nodes import REPOSITORY, Node, wait_for
 
 testinfra_hosts = ["ansible://data1"]
@@ -203,6 +204,7 @@ def test_a_host_gets_a_new_key_and_no_secret_is_seen_on_the_way(node: Node, peer
                 assert not any(secret in path.read_bytes() for secret in secrets), path
 
 
+@only_in_drills
 def test_the_authority_is_replaced_while_hosts_keep_trusting_each_other(node: Node, peer: Node, serve: Callable[[Node], None]) -> None:
     def trusts(one: Node, other: Node) -> bool:
         put(one, {"/run/other.crt": other.host.file(CERTIFICATE).content})
@@ -238,6 +240,7 @@ def test_the_authority_is_replaced_while_hosts_keep_trusting_each_other(node: No
     assert trusts(node, peer)
 
 
+@only_in_drills
 def test_a_service_that_still_has_another_authority_is_told_of(node: Node) -> None:
     output = node.run_playbook("--tags=redis", f"--limit={name_of(node)}")
     assert output.returncode == 2
