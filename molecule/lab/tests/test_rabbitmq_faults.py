@@ -12,7 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from drills import BROKERS_KILLED, RECOVERY, Report, cut_off, drill, kill_workers, only_in_drills
+from drills import BROKERS_KILLED, FULL, RECOVERY, Report, cut_off, drill, kill_workers, only_in_drills
+from nodes import wait_for
 from rabbit import SERVICE, RabbitCluster
 
 testinfra_hosts = ["ansible://app1"]
@@ -50,11 +51,26 @@ def leader_alone_with_a_producer(cluster: RabbitCluster) -> None:
 
 
 def disk_full(cluster: RabbitCluster) -> None:
-    """Let a node take its disk for full for fifteen seconds: no node takes messages then."""
-    cluster.ctl("data1", "set_disk_free_limit 1000000GB")
-    time.sleep(15)
-    assert "disk" in str(cluster.ask("data2", "cluster_status")["alarms"])
-    cluster.ctl("data1", "set_disk_free_limit 1GB")
+    """Fill a node's disk to its last byte for fifteen seconds, after a while in which it says that it is nearly full."""
+    node = cluster.nodes["data1"].host
+    folder, copy = "/var/lib/rabbitmq", "/var/lib/rabbitmq-copy"
+    move = f"systemctl stop {SERVICE} && {{}} && systemctl start {SERVICE}"
+    node.check_output(
+        move.format(f"cp -a {folder} {copy} && mount -t tmpfs -o size=2g tmpfs {folder} && cp -aT {copy} {folder} && rm -r {copy}")
+    )
+    try:
+        cluster.whole()
+        node.check_output(f"fallocate -l $(($(df --output=avail -B1 {folder} | tail -1) - 500000000)) {folder}/filled")
+        wait_for("the alarm", lambda: "disk" in str(cluster.ask("data2", "cluster_status")["alarms"]), seconds=60)
+        time.sleep(5)
+        node.run(f"head -c 600M /dev/zero >> {folder}/filled")
+        time.sleep(15)
+        node.check_output(f"rm {folder}/filled")
+        cluster.whole()
+    finally:
+        node.check_output(
+            move.format(f"rm -f {folder}/filled && cp -a {folder} {copy} && umount {folder} && cp -aT {copy} {folder} && rm -r {copy}")
+        )
 
 
 def nodes_restarted(cluster: RabbitCluster) -> None:
@@ -103,6 +119,8 @@ def test_nothing_acknowledged_is_lost(cluster: RabbitCluster, fault: Fault) -> N
     assert report.lost == []
     if fault is workers_stopped:
         assert report.duplicated == 0
+    if FULL:
+        test_a_run_after_all_that_changes_nothing(cluster)
 
 
 def test_tasks_flow_again_soon_after_the_leader_was_killed(cluster: RabbitCluster) -> None:
