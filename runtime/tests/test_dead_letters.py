@@ -92,7 +92,7 @@ def shop(request: pytest.FixtureRequest, site: Site, redis_url: str) -> Site:
     else:
         site.set(broker_url=request.getfixturevalue("rabbitmq")[0])
         site.secret(broker_password="guest")
-    site.set(result_backend=f"{redis_url}/1", key_prefix="shop:", queues='["default"]', publish_max_retries="3")
+    site.set(result_backend=f"{redis_url}/1", key_prefix="shop:", queues='["default"]', publish_timeout="3")
     site.write(SHOP)
     return site
 

@@ -144,7 +144,7 @@ def test_countdowns_of_any_length_reach_their_queues(site: Site, rabbitmq: Rabbi
         app.send_task("runs", countdown=2)
 
     site.write(SHOP)
-    site.set(broker_url=url, queues='["default", "critical"]', publish_max_retries="3")
+    site.set(broker_url=url, queues='["default", "critical"]', publish_timeout="3")
     site.secret(broker_password="guest")
     site.run("python", "-c", SENDER)  # No worker has ever run.
     path = site.folder / "ran"
@@ -172,7 +172,7 @@ def test_who_may_not_declare_may_still_delay(rabbitmq: RabbitMQ) -> None:
     guards.declare_delays(guarded(broker_url=url, queues=["default"]))
     # As research/celery.md, 3.4, has it for producers.
     control("set_permissions", "guest", "^$", "^celery_delayed_27$", "^$")
-    app = guarded(broker_url=url, queues=["default"], publish_max_retries=1)
+    app = guarded(broker_url=url, queues=["default"], publish_timeout=1)
     app.conf.task_send_sent_event = False
     with app.connection_for_write() as connection, pytest.raises(AccessRefused):
         app.amqp.queues["default"](connection.default_channel).declare()
@@ -230,7 +230,7 @@ def full(control: Callable[..., str], app: Celery) -> None:
 
 def test_a_task_that_no_queue_takes_is_an_error_for_its_sender(rabbitmq: RabbitMQ) -> None:
     url, control = rabbitmq
-    app = guarded(broker_url=url, queues=["default", "full"], publish_max_retries=2)
+    app = guarded(broker_url=url, queues=["default", "full"], publish_timeout=2)
     full(control, app)
     with app.producer_pool.acquire(block=True) as producer:
         # Declares it, which is done once for a connection.
@@ -274,7 +274,7 @@ def without_majority(control: Callable[..., str], queue: str, url: str) -> Itera
 
 def test_a_queue_without_a_majority_is_an_error_for_the_sender_in_time(rabbitmq: RabbitMQ, rabbitmq_node: RabbitMQ) -> None:
     url, _ = rabbitmq
-    app = guarded(broker_url=url, queues=["default"], publish_max_retries=5)
+    app = guarded(broker_url=url, queues=["default"], publish_timeout=5)
     app.conf.broker_transport_options["confirm_timeout"] = 2
     app.send_task("before")
     for options in ({}, {"retry_policy": {"max_retries": 1000}}, {"countdown": 0}):
@@ -421,7 +421,7 @@ def test_each_host_is_verified_against_its_own_name(vhost: str, tmp_path: Path) 
     with ExitStack() as second, ExitStack() as first:
         one = first.enter_context(Relay(vhost, "127.0.0.1", authority.context(*of("127.0.0.1")))).url
         two = second.enter_context(Relay(vhost, "127.0.0.2", authority.context(*of("127.0.0.2")))).url
-        app = guarded(broker_url=f"{one};{two}", queues=["own"], default_queue="own", tls_ca_file=authority.file, publish_max_retries=3)
+        app = guarded(broker_url=f"{one};{two}", queues=["own"], default_queue="own", tls_ca_file=authority.file, publish_timeout=3)
         app.send_task("first")
         # Without the guards, and set up as kombu documents it.
         plain = {"transport": "kombu.transport.pyamqp:SSLTransport"}
@@ -493,7 +493,7 @@ def test_a_publisher_does_not_wait_for_ever(vhost: str, process: int) -> None:
     apps = [plain]
     # Unequal, or they would share a pool of connections.
     for retries, timeout in ((1, 2), (60, 2.5)):
-        apps.append(guarded(broker_url=vhost, queues=["frozen"], default_queue="frozen", publish_max_retries=retries))
+        apps.append(guarded(broker_url=vhost, queues=["frozen"], default_queue="frozen", publish_timeout=retries))
         apps[-1].conf.broker_connection_timeout = 1
         apps[-1].conf.broker_transport_options["confirm_timeout"] = timeout
     for app in apps:

@@ -124,7 +124,7 @@ def shop(request: pytest.FixtureRequest, site: Site, redis_url: str) -> Site:
         site.secret(broker_password="guest")
     if request.param != "rabbitmq alone":
         site.set(result_backend=f"{redis_url}/1")
-    site.set(key_prefix="shop:", queues='["default", "critical"]', publish_max_retries="3")
+    site.set(key_prefix="shop:", queues='["default", "critical"]', publish_timeout="3")
     site.environment["CLOCK"] = redis_url
     site.write(SHOP)
     return site

@@ -71,7 +71,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         # None is "for ever": a worker waits for its broker, it does not give up after 100 tries.
         "broker_connection_max_retries": None,
         "task_publish_retry_policy": {
-            "max_retries": settings.publish_max_retries,
+            "max_retries": settings.publish_timeout,
             "interval_start": 0.1,
             "interval_step": 0.2,
             "interval_max": 1.0,

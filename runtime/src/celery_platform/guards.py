@@ -59,7 +59,7 @@ def install(app: Celery, settings: Settings) -> None:
         check_queue_names(settings)
         use_transport()
         delay_safely(app, settings.declare_queues)
-        give_up(app, settings.publish_max_retries)
+        give_up(app, settings.publish_timeout)
 
 
 def check_queue_names(settings: Settings) -> None:

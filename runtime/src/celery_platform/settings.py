@@ -100,8 +100,8 @@ class Settings(BaseSettings):
     #: What all keys and channels in Redis begin with.
     key_prefix: str = ""
     pool_limit: Count = 10
-    #: Tries to publish a task, with up to a second between them; with RabbitMQ, the seconds for them. Must outlast a failover.
-    publish_max_retries: Annotated[int, Field(ge=0)] = 60
+    #: Seconds for which a task is tried to be published; must outlast a failover. (With Redis, tries, up to a second apart.)
+    publish_timeout: Annotated[int, Field(ge=0)] = 60
     #: `atomic` loses no message of a killed worker; `kombu` is kombu's own, for versions that ours is not proven with.
     redis_transport: Literal["atomic", "kombu"] = "atomic"
     #: With `atomic`: replicas that must have a message before its publish returns, and seconds that they have for it.
