@@ -179,6 +179,22 @@ def test_metrics_are_given_to_a_host_with_a_certificate(cluster: RabbitCluster) 
             assert b"\nrabbitmq_build_info{" in page.read()
 
 
+def test_urgent_messages_come_first_where_the_version_has_priorities(cluster: RabbitCluster) -> None:
+    connection = cluster.connect("data1", "administrator", cluster.secrets["vault_rabbitmq_administrator_password"], confirm_publish=True)
+    channel = connection.channel()
+    channel.queue_declare("test", durable=True, auto_delete=False, arguments={"x-queue-type": "quorum"})
+    try:
+        for priority in (0, 4, 9, 5):
+            channel.basic_publish(amqp.Message("", delivery_mode=2, priority=priority), "", "test")
+        came = [channel.basic_get("test", no_ack=True).properties["priority"] for _ in range(4)]
+        version = cluster.ask("data1", "version")
+        urgent, rest = ({9, 5}, {0, 4})
+        assert (set(came[:2]), set(came[2:])) == (urgent, rest) if not version.startswith("3.") else came == [0, 4, 9, 5]
+    finally:
+        channel.queue_delete("test")
+        connection.close()
+
+
 # --- What a run does to it ---
 
 
