@@ -77,6 +77,7 @@ class Report:
         return (
             f"acknowledged {self.acknowledged}, refused {len(self.refused)}, lost {len(self.lost)}, duplicated {self.duplicated}, "
             f"longest publish {self.longest_publish:.1f} s, longest pause {self.longest_pause:.1f} s"
+            + "".join(f"\n    refused: {error}" for error in sorted(set(self.refused)))
         )
 
 
