@@ -81,15 +81,15 @@ def test_tasks_flow_again_soon_after_the_master_was_killed(cluster: Cluster) -> 
 def test_a_site_changes_its_transport_while_tasks_flow(cluster: Cluster) -> None:
     """Each time the producer, which goes on, uses the other transport than the workers do by then."""
 
-    def to(transport: str) -> Fault:
-        settings = json.dumps({"celery_app_settings": {"redis_transport": transport}})
-        return lambda cluster: str(cluster.application.converge("--tags=celery_app,celery_worker,celery_beat", "-e", settings))
+    def to(**settings: str) -> Fault:
+        arguments = ["--tags=celery_app,celery_worker,celery_beat", "-e", json.dumps({"celery_app_settings": settings})]
+        return lambda cluster: str(cluster.application.converge(*arguments))
 
     try:
-        assert redis_drill(cluster, to("kombu"), "workers change to kombu's transport").lost == []
+        assert redis_drill(cluster, to(redis_transport="kombu"), "workers change to kombu's transport").lost == []
         redis_drill(cluster, workers_killed, "workers killed, with kombu's transport")
     finally:
-        report = redis_drill(cluster, to("atomic"), "workers change to the atomic transport")
+        report = redis_drill(cluster, to(), "workers change to the atomic transport")
     assert report.lost == []
 
 
