@@ -367,15 +367,12 @@ def test_rabbitmq_may_restart_or_close_connections(sites: tuple[Site, Site], rab
 @pytest.mark.parametrize("sites", ["rabbitmq"], indirect=True)
 def test_a_queue_that_is_not_there_is_left_out(sites: tuple[Site, Site]) -> None:
     shop, monitor = sites
-    with shop.worker("--queues=default"):
+    with shop.worker("--queues=default,mail"):
         pass
     monitor.set(queues='["default", "nowhere", "mail"]')
     with running(monitor) as metrics:
         told = metrics.scrape()
-    assert {labels for name, *labels in map(list, told) if name == "celery_queue_length" for labels in [tuple(labels)]} == {
-        ("", "default"),
-        ("", "mail"),
-    }
+    assert sorted(sample[2] for sample in told if sample[0] == "celery_queue_length") == ["default", "mail"]
     assert told["celery_broker_up",] == 1
 
 
@@ -406,9 +403,27 @@ def test_what_monitoring_is_refused(monitoring: redis.Redis, redis_url: str) -> 
     ):
         with pytest.raises(redis.exceptions.NoPermissionError):
             client.execute_command(*command.split())
-    with pytest.raises(redis.exceptions.ResponseError, match="ACL failure in script"):
+    # A script may name all keys, but what it does is judged, too.
+    with pytest.raises(redis.exceptions.ResponseError, match=r"(?i)user executing the script|ACL failure in script"):
         client.evalsha(client.script_load("return redis.call('RPOP', KEYS[1])"), 1, "shop:default")
     monitoring.acl_log_reset()
+
+
+SWEEP = """
+from celery_platform.monitor import app
+with app.connection_for_read() as connection:
+    print(connection.default_channel.sweep_bindings())
+"""
+
+
+@pytest.mark.parametrize("sites", ["redis"], indirect=True)
+def test_kombu_may_clean_up_after_monitors_that_were_killed(sites: tuple[Site, Site], monitoring: redis.Redis) -> None:
+    exchanges = ("celeryev", "celery.pidbox", "reply.celery.pidbox")
+    for name in exchanges:
+        monitoring.sadd(f"shop:_kombu.binding.{name}", "of one that was killed")
+        monitoring.zadd("shop:_kombu.binding_deadlines", {name: 1})
+    assert sites[1].run("python", "-c", SWEEP).stdout.split() == ["3"]
+    assert monitoring.keys("shop:_kombu*") == []
 
 
 @pytest.mark.parametrize("sites", ["redis"], indirect=True)
@@ -436,12 +451,11 @@ def test_flower_works_with_the_rights_of_monitoring(sites: tuple[Site, Site]) ->
     ):
         try:
             wait_for("Flower", answers)
-            shop.producer().send_task("works", queue="mail")
             shop.producer().send_task("works", task_id="seen")
             wait_for("the worker", lambda: "one@here" in get("workers?json=1"))
             wait_for("the task", lambda: "works" in get("task/seen"))
             assert "default" in get("worker/one@here")
-            assert "mail" in get("broker")
+            assert "default" in get("broker")
             # It says every five seconds that workers are to send events.
             time.sleep(6)
         finally:

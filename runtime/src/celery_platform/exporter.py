@@ -31,6 +31,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
 from celery_platform import broker, dead_letters
 from celery_platform.dead_letters import OF_FORM
+from celery_platform.queues import DELAY
 from celery_platform.settings import Settings
 from celery_platform.systemd import notify
 
@@ -155,7 +156,8 @@ class Events:
                 del self.tasks[next(iter(self.tasks))]
         if name := event.get("name"):
             task.name = self.names(name)
-        if queue := event.get("queue"):
+        # One that is sent with a countdown to RabbitMQ goes by way of no queue.
+        if queue := event.get("queue") or DELAY.sub("", event.get("routing_key") or ""):
             task.queue = self._queue(queue)
         self.states.labels(task.name, task.queue, state).inc()
         if state == "sent":
