@@ -53,7 +53,7 @@ lint: $(VENV)/test ## Lint and types
 	cd runtime && ../$(BIN)/mypy
 
 # The tests start servers of their own from these packages, and make certificates.
-SERVERS := redis-server rabbitmq-server openssl
+SERVERS := redis-server rabbitmq-server openssl prometheus
 unit: $(VENV)/test ## Unit tests of the plugins and the runtime package; the roles' documentation
 	@dpkg-query --show $(SERVERS) >/dev/null 2>&1 || { apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SERVERS) >/dev/null; }

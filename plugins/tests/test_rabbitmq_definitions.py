@@ -264,7 +264,13 @@ for name in ("sends", "retries", "fails"):
 """
 WATCH = """
 import threading, time
+from prometheus_client import CollectorRegistry
+from celery_platform import exporter
+from celery_platform.settings import load_settings
 from celery_platform.worker import app
+settings = load_settings()
+look = exporter.RabbitMQ(app, settings, exporter.Events(settings, CollectorRegistry())).look()
+print(*sorted(look.consumers.items()), look.dead_letters)
 seen = set()
 with app.connection_for_read() as connection:
     receiver = app.events.Receiver(connection, handlers={"*": lambda event: seen.add(event["type"])})
@@ -319,7 +325,7 @@ def test_each_user_can_do_what_it_is_for(sites: Callable[[str], Site], control: 
             wait_for("the monitor", lambda: (worker.folder / "watching").exists() or watch.done())
             for site, code in ((producer, SEND), (worker, SEND), (worker, REVOKE)):
                 site.run("python", "-c", code)
-            assert watch.result().stdout.split() == ["critical", "default", "pong"]
+            assert watch.result().stdout.splitlines() == ["('critical', 1) ('default', 1) 1", "critical default", "pong"]
         wait_for("all tasks", lambda: len(ran()) == 15)
         (worker.folder / "mended").touch()
         wait_for(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import logging
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -285,6 +287,55 @@ def move_tasks(url: str) -> None:
         click.echo(f"{queue}: {count}")
     if not brought:
         click.echo("nothing to bring")
+
+
+# --- metrics ---
+
+
+def _address(_: click.Context, __: click.Parameter, value: str) -> tuple[str, int]:
+    host, _colon, port = value.rpartition(":")
+    if not host or not port.isdecimal():
+        raise click.BadParameter("allowed: an address and a port, as in 127.0.0.1:9808 or [::1]:9808")
+    return host.strip("[]"), int(port)
+
+
+_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@main.command(context_settings={"auto_envvar_prefix": "CELERY_EXPORTER"})
+@click.option("--listen", default="127.0.0.1:9808", show_default=True, callback=_address, help="Address and port.")
+@click.option("--tls-cert", type=_file, help="Serve https only, with this certificate.")
+@click.option("--tls-key", type=_file, help="Its key.")
+@click.option("--tls-client-ca", type=_file, help="Serve only who has a certificate of this CA.")
+@click.option("--worker", multiple=True, help="Name of a worker that is to be there (name@host). Can be given several times.")
+@click.option("--most-tasks", default=100_000, show_default=True, help="Tasks to remember between their events.")
+def exporter(
+    listen: tuple[str, int],
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+    worker: tuple[str, ...],
+    most_tasks: int,
+) -> None:
+    """Serve metrics of the broker and of the events to Prometheus.
+
+    Each option can be set in the environment: CELERY_EXPORTER_LISTEN, CELERY_EXPORTER_WORKER (spaces between several).
+    """
+    settings = _settings()
+    if (tls_cert is None) != (tls_key is None) or (tls_client_ca and not tls_cert):
+        raise click.UsageError("Name --tls-cert and --tls-key, both or neither; --tls-client-ca only with these.")
+    try:
+        from celery_platform import exporter as ours
+    except ImportError as error:
+        raise click.ClickException(f"{error}; install celery-platform[monitor]") from error
+    from celery_platform.monitor import app
+
+    logging.basicConfig(level=settings.log_level, format="%(levelname)s: %(message)s")
+    tls = ours.Tls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None
+    try:
+        ours.serve(app, settings, listen, tls, worker, most_tasks)
+    except OSError as error:
+        raise click.ClickException(str(error)) from error
 
 
 # --- common ---

@@ -551,7 +551,7 @@ class CountedRequest(Request):  # type: ignore[misc]
             return
         self.buried = True
         letter = self.consumer.letter(self.message, self.death, task=self._type, id=self.id, runs=self.runs, received=self.received)
-        self.consumer.insist(lambda: self.consumer.store.add(letter), settle)
+        self.consumer.keep(letter, settle)
 
 
 class CountingConsumer(Consumer):  # type: ignore[misc]
@@ -613,8 +613,7 @@ class CountingConsumer(Consumer):  # type: ignore[misc]
                 if not message.acknowledged:
                     message.reject_log_error(logger, self.connection_errors)
 
-        letter = self.letter(message, Death(reason, error, "".join(traceback.format_exception(error))))
-        self.insist(lambda: self.store.add(letter), settle_surely)
+        self.keep(self.letter(message, Death(reason, error, "".join(traceback.format_exception(error)))), settle_surely)
 
     def letter(self, message: Any, death: Death, task: str = "", id: str = "", runs: int = 0, received: float | None = None) -> DeadLetter:
         """Return the dead letter of a message."""
@@ -642,6 +641,17 @@ class CountingConsumer(Consumer):  # type: ignore[misc]
         by_tag = (name for name, its in self.task_consumer._active_tags.items() if its == tag)
         by_route = (name for name, queue in self.app.amqp.queues.items() if (queue.exchange.name, queue.routing_key) == route)
         return Original.of(message, next(by_tag, None) or next(by_route, None) or str(route[1]))
+
+    def keep(self, letter: DeadLetter, settle: Callable[[], Any]) -> None:
+        """Keep a dead letter, settle its message, and tell who follows events."""
+
+        def settle_and_tell() -> None:
+            settle()
+            if self.event_dispatcher:
+                where = {"name": letter.task, "queue": letter.original.queue}
+                self.event_dispatcher.send("task-dead-lettered", uuid=letter.id, reason=letter.reason, **where)
+
+        self.insist(lambda: self.store.add(letter), settle_and_tell)
 
     def insist(self, store: Callable[[], Any], settle: Callable[[], Any]) -> None:
         """Store something, then settle its message; if it cannot be stored, try again later.

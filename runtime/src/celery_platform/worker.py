@@ -12,6 +12,7 @@ from celery.app.utils import find_app
 
 from celery_platform import (
     alerts,
+    beat,
     broker,
     configuration,
     dead_letters,
@@ -22,11 +23,13 @@ from celery_platform import (
     resilience,
     serialization,
     systemd,
+    task_events,
 )
 from celery_platform.settings import BadSettings, load_settings
 
 #: EX_CONFIG of sysexits.h: the units do not restart a service that ends with it.
 EXIT_BAD_SETTINGS = 78
+PARTS = (broker, guards, redis_transport, limits, serialization, logs, systemd, beat, resilience, dead_letters, task_events, alerts)
 
 
 def load() -> Celery:
@@ -38,7 +41,7 @@ def load() -> Celery:
     settings = load_settings()
     app: Celery = find_app(settings.application)
     configuration.apply(app, settings)
-    for part in (broker, guards, redis_transport, limits, serialization, logs, systemd, resilience, dead_letters, alerts):
+    for part in PARTS:
         part.install(app, settings)
     return app
 
