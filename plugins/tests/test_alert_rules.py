@@ -30,7 +30,6 @@ SITE = {
     "__prometheus_worker_hosts": ["app1", "app2"],
     "__prometheus_beat_hosts": ["app1", "app2"],
     "__prometheus_beat_interval": 5,
-    "__prometheus_other_mounts": yaml.safe_load((ROLE / "vars/main.yml").read_text())["__prometheus_other_mounts"],
 }
 
 
