@@ -184,12 +184,10 @@ def test_urgent_messages_come_first_where_the_version_has_priorities(cluster: Ra
     channel = connection.channel()
     channel.queue_declare("test", durable=True, auto_delete=False, arguments={"x-queue-type": "quorum"})
     try:
-        for priority in (0, 4, 9, 5):
+        for priority in [0] * 6 + [9] * 6:
             channel.basic_publish(amqp.Message("", delivery_mode=2, priority=priority), "", "test")
-        came = [channel.basic_get("test", no_ack=True).properties["priority"] for _ in range(4)]
-        version = cluster.ask("data1", "version")
-        urgent, rest = ({9, 5}, {0, 4})
-        assert (set(came[:2]), set(came[2:])) == (urgent, rest) if not version.startswith("3.") else came == [0, 4, 9, 5]
+        first = [channel.basic_get("test", no_ack=True).properties["priority"] for _ in range(6)]
+        assert first.count(9) == (0 if cluster.ask("data1", "version").startswith("3.") else 4)
     finally:
         channel.queue_delete("test")
         connection.close()
