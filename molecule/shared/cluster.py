@@ -7,6 +7,7 @@ import json
 import socket
 import ssl
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ class Cluster:
         builder = x509.CertificateBuilder(authority.subject, name, key.public_key(), x509.random_serial_number())
         builder = builder.not_valid_before(authority.not_valid_before_utc).not_valid_after(authority.not_valid_after_utc)
         return Issued(builder.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM), pem(key))
+
+    def renew_certificates(self, *roles: str) -> None:
+        """Let the playbook renew the certificates of all hosts, with services of these roles that show them."""
+        file = next(iter(self.nodes.values())).host.file("/etc/ssl/celery-platform/host.crt")
+        left = (x509.load_pem_x509_certificate(file.content).not_valid_after_utc - datetime.now(UTC)).days
+        days = {"pki_renew_days": left + 1, "pki_certificate_days": left + 3}
+        self.application.converge(f"--tags={','.join(('pki', *roles))}", "-e", json.dumps(days))
 
     def client(self, name: str, port: int = REDIS, user: str = "default", password: str | None = None) -> redis.Redis:
         """Return a client of a host's Redis or Sentinel, over TLS with a certificate; it checks the host's name."""

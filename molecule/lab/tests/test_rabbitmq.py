@@ -217,7 +217,7 @@ def test_a_new_certificate_is_shown_without_a_restart(cluster: RabbitCluster) ->
         return str(found)
 
     before, processes = {name: serial(name) for name in cluster.nodes}, pids(cluster)
-    cluster.application.converge("--tags=pki,rabbitmq", "-e", "pki_certificate_days=399", "-e", "pki_renew_days=398")
+    cluster.renew_certificates("rabbitmq")
     for name in cluster.nodes:
         assert serial(name) != before[name]
     assert pids(cluster) == processes

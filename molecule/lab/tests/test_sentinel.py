@@ -161,7 +161,7 @@ def test_a_new_certificate_is_shown_without_a_restart_of_redis_while_tasks_flow(
     before = {(name, port): shown(name, port) for name in cluster.nodes for port in (REDIS, SENTINEL)}
     pids = {name: node.show("redis-server", "MainPID") for name, node in cluster.nodes.items()}
     with Stream(cluster.application, cluster.workers, results=True) as stream:
-        cluster.application.converge("--tags=pki,redis,redis_sentinel", "-e", "pki_certificate_days=399", "-e", "pki_renew_days=398")
+        cluster.renew_certificates("redis", "redis_sentinel")
         stream.goes_on()
         report = stream.report()
     assert nothing_went_wrong(report)
