@@ -122,6 +122,10 @@ class Events:
         self.received = Counter("celery_exporter_events", "Events that were received.", registry=registry)
         self.states = Counter("celery_tasks", "Events of tasks, by what they tell.", ["task", "queue", "state"], registry=registry)
         self.dead = Counter("celery_dead_letters", "Tasks that workers gave up for good.", ["queue", "reason"], registry=registry)
+        # The first of a counter that is not there yet is no increase to Prometheus.
+        for queue in self.queues:
+            for reason in dead_letters.REASONS:
+                self.dead.labels(queue, reason)
         options: dict[str, Any] = {"labelnames": ["task"], "buckets": BUCKETS, "registry": registry}
         self.runtime = Histogram("celery_task_runtime_seconds", "Time that successful tasks ran.", **options)
         self.wait = Histogram("celery_task_wait_seconds", "Time from when tasks were sent, or due, until they started.", **options)
