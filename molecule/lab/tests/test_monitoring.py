@@ -241,7 +241,7 @@ def test_what_breaks_is_told_of_and_that_it_is_over(cluster: RabbitCluster, webh
     expected |= {"RedisMemoryFull", "TargetMissing", "HostDiskFull", "CertificateAboutToExpire"}
     certificate = ["--tags=pki,redis,redis_sentinel,rabbitmq,exporters", "--limit=data2"]
     try:
-        cluster.application.converge(*certificate, "-e", json.dumps({"pki_certificate_days": 1, "pki_renew_days": 0, "pki_replace": True}))
+        cluster.application.converge(*certificate, "-e", json.dumps({"pki_certificate_days": 2, "pki_renew_days": 1, "pki_replace": True}))
         data["data3"].host.check_output(f"systemctl stop {SERVICE}")
         data["data1"].host.check_output("systemctl stop prometheus-redis-exporter")
         app[1].host.check_output("systemctl stop celery-worker@default")
@@ -254,7 +254,7 @@ def test_what_breaks_is_told_of_and_that_it_is_over(cluster: RabbitCluster, webh
     finally:
         data["data3"].host.check_output(f"systemctl start {SERVICE}")
         data["data1"].host.check_output("systemctl start prometheus-redis-exporter")
-        app[1].host.check_output("systemctl start celery-worker@default; umount /srv/full; rmdir /srv/full")
+        app[1].host.check_output("systemctl start celery-worker@default; umount /srv/full; rm -d /srv/full")
         for worker in app:
             worker.host.check_output("systemctl kill --signal=CONT celery-worker@batch; systemctl start celery-beat")
         cluster.client(replica).config_set("maxmemory", limit)
