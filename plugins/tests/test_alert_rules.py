@@ -65,7 +65,7 @@ def alerts(files: list[Path]) -> dict[str, dict[str, Any]]:
     return {rule["alert"]: rule for rule in rules}
 
 
-def tests() -> list[dict[str, Any]]:
+def checks() -> list[dict[str, Any]]:
     documents = [yaml.safe_load((ROLE / "tests" / f"{name}.yml").read_text()) for name in FILES]
     return [check for document in documents for test in document["tests"] for check in test.get("alert_rule_test", [])]
 
@@ -92,9 +92,9 @@ def test_alerts_fire_when_they_should(tmp_path: Path, name: str) -> None:
 def test_each_alert_is_tested_both_ways(tmp_path: Path) -> None:
     known = set(alerts(rendered(tmp_path)))
 
-    assert {check["alertname"] for check in tests() if check.get("exp_alerts")} == known
+    assert {check["alertname"] for check in checks() if check.get("exp_alerts")} == known
     # It always fires.
-    assert {check["alertname"] for check in tests() if not check.get("exp_alerts")} == known - {"Watchdog"}
+    assert {check["alertname"] for check in checks() if not check.get("exp_alerts")} == known - {"Watchdog"}
 
 
 def test_each_alert_says_what_it_means_and_what_to_do(tmp_path: Path) -> None:

@@ -252,10 +252,12 @@ def judge(tmp_path: Path) -> Judge:
         worker_hosts: tuple[str, ...] = ("one",),
         beat_hosts: tuple[str, ...] = ("one",),
         sentinel_hosts: tuple[str, ...] = (),
+        monitoring_hosts: tuple[str, ...] = (),
         pki_hosts: tuple[str, ...] = ("one", "two", "three"),
         host_vars: dict[str, dict[str, Any]] | None = None,
     ) -> Result:
         groups = {"redis": redis_hosts, "redis_sentinel": sentinel_hosts, "celery_worker": worker_hosts, "celery_beat": beat_hosts}
+        groups["monitoring"] = monitoring_hosts
         children = {group: {"hosts": dict.fromkeys(names)} for group, names in groups.items() if names}
         hosts = {host for names in groups.values() for host in names}
         children["pki"] = {"hosts": dict.fromkeys(host for host in pki_hosts if host in hosts)}
@@ -524,3 +526,64 @@ def test_the_default_worker_of_another_host_counts(judge: Judge) -> None:
     result = judge(without=("celery_worker_list",), worker_hosts=("one", "two"), host_vars={"one": {"celery_worker_list": [CRITICAL]}})
 
     assert result.code == 0, result.output
+
+
+MONITORED = {
+    "redis_users": [
+        *SETTINGS["redis_users"],
+        {"name": "monitoring", "purpose": "monitoring", "password": "{{ vault_redis_requirepass }}"},
+        {"name": "exporter", "purpose": "exporter", "password": "{{ vault_redis_requirepass }}"},
+    ],
+    "celery_monitor_redis_password": "{{ vault_redis_requirepass }}",
+    "monitoring_proxy_users": [{"name": "operator", "password": "{{ vault_redis_requirepass }}"}],
+    "alertmanager_webhook": "https://hooks.example.org/services/T0/B0/x",
+}
+
+
+@pytest.mark.parametrize("monitoring", ["one", "two"])
+def test_a_site_with_a_host_for_monitoring_passes(judge: Judge, monitoring: str) -> None:
+    result = judge(MONITORED, monitoring_hosts=(monitoring,))
+
+    assert result.code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("settings", "hosts", "pki", "variable", "what", "file", "allowed"),
+    [
+        pytest.param({}, ("one", "two"), ("one", "two"), "prometheus_group", '["one", "two"]', HOSTS, "one host, since", id="two"),
+        pytest.param({}, ("two",), ("one",), "exporters_tls", "no certificate for two", HOSTS, "group pki", id="no certificate"),
+        pytest.param(
+            {"redis_users": MONITORED["redis_users"][:2]},
+            ("one",),
+            (),
+            "redis_users",
+            '"monitoring"]',
+            MAIN,
+            "purpose: exporter",
+            id="no user",
+        ),
+        pytest.param(
+            {"exporters_redis_port": 9100}, ("one",), (), "exporters_node_port", "9100", MAIN, "a port of its own", id="one port twice"
+        ),
+        pytest.param({"prometheus_scrape_interval": 90}, ("one",), (), "prometheus_scrape_interval", "is 90", MAIN, "5 to 60", id="slow"),
+        pytest.param({"prometheus_retention_size": "10"}, ("one",), (), "prometheus_retention_size", "10", MAIN, "MB, GB", id="no unit"),
+        pytest.param({"alertmanager_repeat_ticket": 200}, ("one",), (), "alertmanager_repeat_ticket", "200", MAIN, "96", id="forgotten"),
+    ],
+)
+def test_monitoring_that_cannot_work_stops_the_run(
+    judge: Judge, settings: dict[str, Any], hosts: tuple[str, ...], pki: tuple[str, ...], variable: str, what: str, file: str, allowed: str
+) -> None:
+    result = judge(MONITORED | settings, monitoring_hosts=hosts, pki_hosts=pki)
+
+    assert result.code != 0
+    problem = result.about(variable)
+    assert what in problem.what
+    assert problem.file == file
+    assert allowed in problem.allowed
+
+
+def test_a_wrong_webhook_is_not_shown(judge: Judge) -> None:
+    result = judge(MONITORED | {"alertmanager_webhook": "hooks.example.org/T0/B0/Zq8vT3nB6yH1kW5r"}, monitoring_hosts=("one",))
+
+    assert "https://…" in result.about("alertmanager_webhook").allowed
+    assert "Zq8vT3nB6yH1kW5r" not in result.output

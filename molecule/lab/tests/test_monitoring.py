@@ -10,6 +10,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -214,6 +215,12 @@ class Webhook:
         """Return the alerts that it told of as FIRING or RESOLVED."""
         return {alert for found, alert, _ in self.messages() if found == status}
 
+    def tells(self, status: str, alerts: set[str]) -> None:
+        """Wait until it told of all these alerts."""
+        with suppress(AssertionError):
+            wait_for("alerts", lambda: alerts <= self.told(status), seconds=180, every=2)
+        assert alerts - self.told(status) == set(), status
+
     def forget(self) -> None:
         """Empty it."""
         self.node.host.check_output(f"rm -f {POSTED}")
@@ -250,7 +257,7 @@ def test_what_breaks_is_told_of_and_that_it_is_over(cluster: RabbitCluster, webh
             worker.host.check_output("systemctl stop celery-beat && systemctl kill --signal=STOP celery-worker@batch")
         cluster.client(replica).config_set("maxmemory", 1024 * 1024)
         cluster.application.celery_python("[app.send_task('orders.tasks.batch_import', (0,)) for _ in range(5)]")
-        wait_for(f"{expected}", lambda: expected <= webhook.told("FIRING"), seconds=180, every=2)
+        webhook.tells("FIRING", expected)
     finally:
         data["data3"].host.check_output(f"systemctl start {SERVICE}")
         data["data1"].host.check_output("systemctl start prometheus-redis-exporter")
@@ -260,7 +267,7 @@ def test_what_breaks_is_told_of_and_that_it_is_over(cluster: RabbitCluster, webh
         cluster.client(replica).config_set("maxmemory", limit)
         cluster.application.host.check_output("celery-exec celery-platform dead-letters purge --all --yes")
         cluster.application.converge(*certificate)
-    wait_for(f"the end of {expected}", lambda: expected <= webhook.told("RESOLVED"), seconds=180, every=2)
+    webhook.tells("RESOLVED", expected)
     (REPOSITORY / ".lab/alerts.txt").write_text("\n\n".join(" ".join(message) for message in webhook.messages()))
     assert all("Runbook: https://" in text for _, _, text in webhook.messages())
 
@@ -273,7 +280,7 @@ def test_a_broker_that_is_down_is_one_alert(cluster: RabbitCluster, webhook: Web
     try:
         for host in nodes:
             host.check_output(f"systemctl kill --signal=KILL {SERVICE}; systemctl stop {SERVICE}")
-        wait_for("the alert", lambda: "RabbitmqMajorityDown" in webhook.told("FIRING"), seconds=90, every=2)
+        webhook.tells("FIRING", {"RabbitmqMajorityDown"})
         time.sleep(30)
         assert {alert for alert in webhook.told("FIRING") if alert.startswith(("Celery", "RabbitmqNode", "RabbitmqQuorum"))} == set()
     finally:
