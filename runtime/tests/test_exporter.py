@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import redis
 import yaml
+from celery import Celery
 from managers import Manager
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
@@ -378,6 +379,31 @@ def test_rabbitmq_may_restart_or_close_connections(
         metrics.wait_for(1, "celery_broker_up", seconds=10)
         shop.producer().send_task("works")
         metrics.wait_for(2, "celery_tasks_total", "default", "succeeded", "works")
+
+
+def test_a_stream_of_events_does_not_keep_heartbeats_from_rabbitmq(
+    rabbitmq: tuple[str, Callable[..., str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    app = Celery("monitor", broker=rabbitmq[0].replace("guest@", "guest:guest@"), set_as_current=False)
+    # RabbitMQ closes a connection that is silent for twice as long.
+    app.conf.broker_heartbeat = 1
+    stop, seen = threading.Event(), set()
+    receiver = threading.Thread(target=exporter.receive, args=(app, lambda event: seen.add(event["type"]), stop))
+    caplog.set_level("INFO", logger=exporter.__name__)
+    receiver.start()
+    try:
+        wait_for("the receiver", lambda: "Receiving events" in caplog.text)
+        with app.connection_for_write() as connection, app.events.Dispatcher(connection) as events:
+            end = time.monotonic() + 8
+            while time.monotonic() < end:
+                events.send("own-event")
+                time.sleep(0.05)
+            events.send("own-last")
+            wait_for("the last event", lambda: "own-last" in seen)
+    finally:
+        stop.set()
+        receiver.join()
+    assert caplog.text.count("Receiving events") == 1
 
 
 @pytest.mark.parametrize("sites", ["rabbitmq"], indirect=True)
