@@ -560,6 +560,7 @@ def test_only_who_has_a_certificate_is_answered(site: Site, redis_url: str, cert
     ("options", "told"),
     [
         (["--listen=9808"], "an address and a port"),
+        ([], "an address and a port"),
         (["--tls-cert=/dev/null"], "both or neither"),
         (["--listen=127.0.0.1:1"], "Permission denied|cannot|in use"),
         (["--tls-cert=/etc/hostname", "--tls-key=/etc/hostname"], "SSL|PEM"),
@@ -570,6 +571,7 @@ def test_what_cannot_be_is_told(site: Site, redis_url: str, options: list[str], 
         taken = socket.create_server(("127.0.0.1", 0))
         options = [f"--listen=127.0.0.1:{taken.getsockname()[1]}"]
     site.set(broker_url=f"{redis_url}/0", application="celery_platform.monitor:bare")
+    site.environment |= {"CELERY_EXPORTER_LISTEN": "anywhere"} if not options else {}
     run = site.run("python", "-m", "celery_platform.cli", "exporter", *options, check=False, timeout=30)
     assert run.returncode in (1, 2)
     assert "Traceback" not in run.stderr
