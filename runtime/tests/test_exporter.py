@@ -44,6 +44,10 @@ app = Celery("shop")
 def works(seconds=0):
     time.sleep(seconds)
 
+@app.task(name="unannounced")
+def unannounced():
+    pass
+
 @app.task(name="fails")
 def fails():
     raise ValueError("no stock")
@@ -205,6 +209,12 @@ def test_it_tells_what_happens(sites: tuple[Site, Site]) -> None:
             }.items():
                 for task, count in counts.items():
                     metrics.wait_for(count, "celery_tasks_total", "default", state, task)
+            # Also what its sender did not tell of, as one that knows nothing of us: then there is no time that it waited.
+            silent = shop.producer()
+            silent.conf.task_send_sent_event = False
+            silent.send_task("unannounced")
+            for state in ("started", "succeeded"):
+                metrics.wait_for(1, "celery_tasks_total", "default", state, "unannounced")
             metrics.wait_for(2, "celery_dead_letters", "")
             metrics.wait_for(1, "celery_dead_letters_total", "default", "failed")
             metrics.wait_for(1, "celery_dead_letters_total", "default", "time-limit")
@@ -219,6 +229,7 @@ def test_it_tells_what_happens(sites: tuple[Site, Site]) -> None:
     assert told["celery_task_runtime_seconds_count", "works"] == 2
     assert 3 <= told["celery_task_runtime_seconds_sum", "works"] < 3.5
     assert told["celery_task_wait_seconds_count", "works"] == 2
+    assert ("celery_task_wait_seconds_count", "unannounced") not in told
     # One had to wait for its worker and the slow one only from when it was due.
     assert told["celery_task_wait_seconds_count", "retries"] == 2
     assert told["celery_task_wait_seconds_sum", "retries"] < 15
@@ -315,13 +326,16 @@ def test_a_connection_that_went_silent_is_made_anew(site: Site, tmp_path: Path) 
     site.write(SHOP)
     port = free_port()
     site.set(broker_url=f"redis://127.0.0.1:{port}/0", queues='["default"]')
-    with own_redis(port, tmp_path) as server, running(site) as metrics:
-        client = redis.Redis(port=port)
-        subscribed = wait_for("a subscriber", lambda: client.client_list(_type="pubsub"))
-        wait_for("another", lambda: (now := client.client_list(_type="pubsub")) and now[0]["id"] != subscribed[0]["id"], seconds=25)
-        assert len(client.client_list(_type="pubsub")) == 1
-        assert metrics.process.poll() is None
+    client = redis.Redis(port=port)
+    server = own_redis(port, tmp_path)
+    try:
+        with running(site):
+            subscribed = wait_for("a subscriber", lambda: client.client_list(_type="pubsub"))
+            wait_for("another", lambda: (now := client.client_list(_type="pubsub")) and now[0]["id"] != subscribed[0]["id"], seconds=25)
+            assert len(client.client_list(_type="pubsub")) == 1
+    finally:
         server.kill()
+        server.wait()
 
 
 def test_sentinel_may_name_another_master(site: Site, tmp_path: Path) -> None:
@@ -344,12 +358,14 @@ def test_sentinel_may_name_another_master(site: Site, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sites", ["rabbitmq"], indirect=True)
-def test_rabbitmq_may_restart_or_close_connections(sites: tuple[Site, Site], rabbitmq_node: tuple[str, Callable[..., str]]) -> None:
+def test_rabbitmq_may_restart_or_close_connections(
+    sites: tuple[Site, Site], rabbitmq: tuple[str, Callable[..., str]], rabbitmq_node: tuple[str, Callable[..., str]]
+) -> None:
     shop, monitor = sites
     control = rabbitmq_node[1]
     with shop.worker("--hostname=one@here"), running(monitor) as metrics:
         metrics.wait_for(1, "celery_worker_up", "one@here")
-        control("close_all_connections", "a test")
+        rabbitmq[1]("close_all_connections", "a test")
         # At once, though the connection that it has is gone.
         assert in_time(metrics)["celery_broker_up",] == 1
         shop.producer().send_task("works")
