@@ -33,6 +33,8 @@ def test_defaults_and_argument_specs_agree(role: str) -> None:
                 "pki_ca_passphrase",
                 "celery_app_redis_password",
                 "celery_app_rabbitmq_password",
+                "celery_monitor_redis_password",
+                "celery_monitor_rabbitmq_password",
             ), name
 
 
