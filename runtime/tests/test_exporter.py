@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import redis
 import yaml
+from celery import Celery
 from managers import Manager
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
@@ -43,6 +44,10 @@ app = Celery("shop")
 @app.task(name="works")
 def works(seconds=0):
     time.sleep(seconds)
+
+@app.task(name="unannounced")
+def unannounced():
+    pass
 
 @app.task(name="fails")
 def fails():
@@ -205,6 +210,12 @@ def test_it_tells_what_happens(sites: tuple[Site, Site]) -> None:
             }.items():
                 for task, count in counts.items():
                     metrics.wait_for(count, "celery_tasks_total", "default", state, task)
+            # Also what its sender did not tell of, as one that knows nothing of us: then there is no time that it waited.
+            silent = shop.producer()
+            silent.conf.task_send_sent_event = False
+            silent.send_task("unannounced")
+            for state in ("started", "succeeded"):
+                metrics.wait_for(1, "celery_tasks_total", "default", state, "unannounced")
             metrics.wait_for(2, "celery_dead_letters", "")
             metrics.wait_for(1, "celery_dead_letters_total", "default", "failed")
             metrics.wait_for(1, "celery_dead_letters_total", "default", "time-limit")
@@ -219,6 +230,7 @@ def test_it_tells_what_happens(sites: tuple[Site, Site]) -> None:
     assert told["celery_task_runtime_seconds_count", "works"] == 2
     assert 3 <= told["celery_task_runtime_seconds_sum", "works"] < 3.5
     assert told["celery_task_wait_seconds_count", "works"] == 2
+    assert ("celery_task_wait_seconds_count", "unannounced") not in told
     # One had to wait for its worker and the slow one only from when it was due.
     assert told["celery_task_wait_seconds_count", "retries"] == 2
     assert told["celery_task_wait_seconds_sum", "retries"] < 15
@@ -315,13 +327,16 @@ def test_a_connection_that_went_silent_is_made_anew(site: Site, tmp_path: Path) 
     site.write(SHOP)
     port = free_port()
     site.set(broker_url=f"redis://127.0.0.1:{port}/0", queues='["default"]')
-    with own_redis(port, tmp_path) as server, running(site) as metrics:
-        client = redis.Redis(port=port)
-        subscribed = wait_for("a subscriber", lambda: client.client_list(_type="pubsub"))
-        wait_for("another", lambda: (now := client.client_list(_type="pubsub")) and now[0]["id"] != subscribed[0]["id"], seconds=25)
-        assert len(client.client_list(_type="pubsub")) == 1
-        assert metrics.process.poll() is None
+    client = redis.Redis(port=port)
+    server = own_redis(port, tmp_path)
+    try:
+        with running(site):
+            subscribed = wait_for("a subscriber", lambda: client.client_list(_type="pubsub"))
+            wait_for("another", lambda: (now := client.client_list(_type="pubsub")) and now[0]["id"] != subscribed[0]["id"], seconds=25)
+            assert len(client.client_list(_type="pubsub")) == 1
+    finally:
         server.kill()
+        server.wait()
 
 
 def test_sentinel_may_name_another_master(site: Site, tmp_path: Path) -> None:
@@ -344,12 +359,14 @@ def test_sentinel_may_name_another_master(site: Site, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sites", ["rabbitmq"], indirect=True)
-def test_rabbitmq_may_restart_or_close_connections(sites: tuple[Site, Site], rabbitmq_node: tuple[str, Callable[..., str]]) -> None:
+def test_rabbitmq_may_restart_or_close_connections(
+    sites: tuple[Site, Site], rabbitmq: tuple[str, Callable[..., str]], rabbitmq_node: tuple[str, Callable[..., str]]
+) -> None:
     shop, monitor = sites
     control = rabbitmq_node[1]
     with shop.worker("--hostname=one@here"), running(monitor) as metrics:
         metrics.wait_for(1, "celery_worker_up", "one@here")
-        control("close_all_connections", "a test")
+        rabbitmq[1]("close_all_connections", "a test")
         # At once, though the connection that it has is gone.
         assert in_time(metrics)["celery_broker_up",] == 1
         shop.producer().send_task("works")
@@ -362,6 +379,31 @@ def test_rabbitmq_may_restart_or_close_connections(sites: tuple[Site, Site], rab
         metrics.wait_for(1, "celery_broker_up", seconds=10)
         shop.producer().send_task("works")
         metrics.wait_for(2, "celery_tasks_total", "default", "succeeded", "works")
+
+
+def test_a_stream_of_events_does_not_keep_heartbeats_from_rabbitmq(
+    rabbitmq: tuple[str, Callable[..., str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    app = Celery("monitor", broker=rabbitmq[0].replace("guest@", "guest:guest@"), set_as_current=False)
+    # RabbitMQ closes a connection that is silent for twice as long.
+    app.conf.broker_heartbeat = 1
+    stop, seen = threading.Event(), set()
+    receiver = threading.Thread(target=exporter.receive, args=(app, lambda event: seen.add(event["type"]), stop))
+    caplog.set_level("INFO", logger=exporter.__name__)
+    receiver.start()
+    try:
+        wait_for("the receiver", lambda: "Receiving events" in caplog.text)
+        with app.connection_for_write() as connection, app.events.Dispatcher(connection) as events:
+            end = time.monotonic() + 8
+            while time.monotonic() < end:
+                events.send("own-event")
+                time.sleep(0.05)
+            events.send("own-last")
+            wait_for("the last event", lambda: "own-last" in seen)
+    finally:
+        stop.set()
+        receiver.join()
+    assert caplog.text.count("Receiving events") == 1
 
 
 @pytest.mark.parametrize("sites", ["rabbitmq"], indirect=True)
@@ -518,6 +560,7 @@ def test_only_who_has_a_certificate_is_answered(site: Site, redis_url: str, cert
     ("options", "told"),
     [
         (["--listen=9808"], "an address and a port"),
+        ([], "an address and a port"),
         (["--tls-cert=/dev/null"], "both or neither"),
         (["--listen=127.0.0.1:1"], "Permission denied|cannot|in use"),
         (["--tls-cert=/etc/hostname", "--tls-key=/etc/hostname"], "SSL|PEM"),
@@ -528,6 +571,7 @@ def test_what_cannot_be_is_told(site: Site, redis_url: str, options: list[str], 
         taken = socket.create_server(("127.0.0.1", 0))
         options = [f"--listen=127.0.0.1:{taken.getsockname()[1]}"]
     site.set(broker_url=f"{redis_url}/0", application="celery_platform.monitor:bare")
+    site.environment |= {"CELERY_EXPORTER_LISTEN": "anywhere"} if not options else {}
     run = site.run("python", "-m", "celery_platform.cli", "exporter", *options, check=False, timeout=30)
     assert run.returncode in (1, 2)
     assert "Traceback" not in run.stderr

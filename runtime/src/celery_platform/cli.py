@@ -308,7 +308,9 @@ _file = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--tls-key", type=_file, help="Its key.")
 @click.option("--tls-client-ca", type=_file, help="Serve only who has a certificate of this CA.")
 @click.option("--worker", multiple=True, help="Name of a worker that is to be there (name@host). Can be given several times.")
-@click.option("--most-tasks", default=100_000, show_default=True, help="Tasks to remember between their events.")
+@click.option(
+    "--most-tasks", type=click.IntRange(min=1), default=100_000, show_default=True, help="Tasks to remember between their events."
+)
 def exporter(
     listen: tuple[str, int],
     tls_cert: Path | None,

@@ -327,22 +327,19 @@ class RabbitMQ:
             raise
 
     def _look(self) -> Look:
-        look, channel = Look(), None
-        for name in [*self.names, dead_letters.NAME]:
-            channel = channel or self.connection.channel()
-            try:
-                _, messages, consumers = channel.queue_declare(name, passive=True)
-            except self.connection.channel_errors as error:
-                logger.debug("No queue %s: %s", name, error)
-                # RabbitMQ has closed it.
-                channel = None
-                continue
-            if name == dead_letters.NAME:
-                look.dead_letters = messages
-            else:
-                look.lengths[name, ""], look.consumers[name] = messages, consumers
-        if channel:
-            channel.close()
+        look = Look()
+        with self.connection.channel() as channel:
+            for name in [*self.names, dead_letters.NAME]:
+                try:
+                    _, messages, consumers = channel.queue_declare(name, passive=True)
+                except self.connection.channel_errors as error:
+                    # py-amqp has opened the channel again.
+                    logger.debug("No queue %s: %s", name, error)
+                    continue
+                if name == dead_letters.NAME:
+                    look.dead_letters = messages
+                else:
+                    look.lengths[name, ""], look.consumers[name] = messages, consumers
         running = self.events.still_running()
         look.unacknowledged = dict.fromkeys(self.names, 0)
         for queue, _ in running:
