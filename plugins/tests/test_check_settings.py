@@ -253,11 +253,12 @@ def judge(tmp_path: Path) -> Judge:
         beat_hosts: tuple[str, ...] = ("one",),
         sentinel_hosts: tuple[str, ...] = (),
         monitoring_hosts: tuple[str, ...] = (),
+        flower_hosts: tuple[str, ...] = (),
         pki_hosts: tuple[str, ...] = ("one", "two", "three"),
         host_vars: dict[str, dict[str, Any]] | None = None,
     ) -> Result:
         groups = {"redis": redis_hosts, "redis_sentinel": sentinel_hosts, "celery_worker": worker_hosts, "celery_beat": beat_hosts}
-        groups["monitoring"] = monitoring_hosts
+        groups |= {"monitoring": monitoring_hosts, "celery_flower": flower_hosts}
         children = {group: {"hosts": dict.fromkeys(names)} for group, names in groups.items() if names}
         hosts = {host for names in groups.values() for host in names}
         children["pki"] = {"hosts": dict.fromkeys(host for host in pki_hosts if host in hosts)}
@@ -587,3 +588,60 @@ def test_a_wrong_webhook_is_not_shown(judge: Judge) -> None:
 
     assert "https://…" in result.about("alertmanager_webhook").allowed
     assert "Zq8vT3nB6yH1kW5r" not in result.output
+
+
+@pytest.mark.parametrize(("flower", "settings"), [("one", {}), ("two", {}), ("one", {"celery_flower_options": {"natural_time": True}})])
+def test_a_site_with_flower_alone_passes(judge: Judge, flower: str, settings: dict[str, Any]) -> None:
+    result = judge(MONITORED | settings, flower_hosts=(flower,))
+
+    assert result.code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("settings", "variable", "what", "allowed"),
+    [
+        pytest.param({"monitoring_proxy_users": []}, "monitoring_proxy_users", "is wrong", "at least one person", id="nobody"),
+        pytest.param(
+            {"monitoring_proxy_users": [MONITORED["monitoring_proxy_users"][0] | {"name": "a:b"}]},
+            "monitoring_proxy_users",
+            'has ["a:b"]',
+            "names of letters",
+            id="name with a colon",
+        ),
+        pytest.param(
+            {"monitoring_proxy_users": MONITORED["monitoring_proxy_users"] * 2},
+            "monitoring_proxy_users",
+            'has ["operator", "operator"]',
+            "different names",
+            id="one name twice",
+        ),
+        pytest.param({"monitoring_proxy_port": 0}, "monitoring_proxy_port", "is 0", "1 to 65535", id="port"),
+        pytest.param(
+            {"monitoring_proxy_tls": False, "monitoring_proxy_bind": ["*"]}, "monitoring_proxy_bind", 'has ["*"]', "without TLS", id="plain"
+        ),
+        pytest.param({"celery_flower_users": []}, "celery_flower_users", "is wrong", "would let everyone in", id="Flower of everyone"),
+        pytest.param(
+            {"celery_flower_options": {"read_only": False}}, "celery_flower_options", 'has ["read_only"]', "no variable", id="option"
+        ),
+        pytest.param({"celery_monitor_user": "orders"}, "celery_monitor_user", '"orders"', "purpose monitoring in redis_users", id="user"),
+        pytest.param(
+            {"celery_monitor_broker_url": "redis://monitoring:x@one/0"},
+            "celery_monitor_broker_url",
+            'has "a password"',
+            "a URL without password",
+            id="password in the URL",
+        ),
+    ],
+)
+def test_flower_that_cannot_work_stops_the_run(judge: Judge, settings: dict[str, Any], variable: str, what: str, allowed: str) -> None:
+    result = judge(MONITORED | settings, flower_hosts=("one",))
+
+    assert result.code != 0
+    found = [problem for problem in result.problems if problem.what.startswith(variable) and allowed in problem.allowed]
+    assert [what in problem.what for problem in found] == [True], result.message
+
+
+def test_a_proxy_with_tls_needs_a_certificate(judge: Judge) -> None:
+    result = judge(MONITORED | {"monitoring_proxy_tls": True}, flower_hosts=("one",), pki_hosts=())
+
+    assert "no certificate for one" in result.about("monitoring_proxy_tls").what
