@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from cluster import Cluster
+from drills import only_in_drills
 from nodes import REPOSITORY, Node, wait_for
 from rabbit import SERVICE, RabbitCluster
 
@@ -239,6 +240,7 @@ def webhook(cluster: Cluster, node: Node) -> Iterator[Webhook]:
     found.forget()
 
 
+@only_in_drills
 def test_what_breaks_is_told_of_and_that_it_is_over(cluster: RabbitCluster, webhook: Webhook, traffic: None) -> None:
     """The dead letter of `traffic` is the first of them. Each repair is what its runbook says."""
     data, app = cluster.nodes, cluster.workers
@@ -272,6 +274,7 @@ def test_what_breaks_is_told_of_and_that_it_is_over(cluster: RabbitCluster, webh
     assert all("Runbook: https://" in text for _, _, text in webhook.messages())
 
 
+@only_in_drills
 def test_a_broker_that_is_down_is_one_alert(cluster: RabbitCluster, webhook: Webhook) -> None:
     """Not one per queue, worker and node."""
     cluster.whole()
