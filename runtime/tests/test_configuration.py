@@ -37,6 +37,19 @@ def test_a_password_arrives_as_it_is(url: str, password: str) -> None:
     assert (connection.userid, connection.password, connection.port) == ("shop", password, 6379)
 
 
+@pytest.mark.parametrize("url", ["redis://shop@a:6379/0", "rediss://shop@a:6379/0", "sentinel://shop@a:1/0;sentinel://shop@b:1/0"])
+@pytest.mark.parametrize("broker_url", ["", "amqps://shop@a:5671/v;amqps://shop@b:5671/v"])
+def test_a_worker_tells_nobody_its_secrets(environment: Environment, url: str, broker_url: str) -> None:
+    """As it does when it is asked for its settings: celery/worker/control.py, conf."""
+    names = ("broker_password", "result_backend_password", "sentinel_password", "encryption_keys", "alert_webhook")
+    environment(broker_url=broker_url or url, result_backend=url, secrets={name: f"Zq8vT3-{name}" for name in names})
+    app = Celery("shop")
+    configuration.apply(app, load_settings())
+
+    assert "Zq8vT3" in repr(app.conf.table(with_defaults=True, censored=False))
+    assert "Zq8vT3" not in repr(app.conf.table(with_defaults=True, censored=True))
+
+
 @pytest.mark.parametrize("url", ["memory://", "redis+socket:///run/redis.sock"])
 def test_a_url_without_host_needs_no_password(url: str) -> None:
     assert broker.with_password(url, SecretStr("x")) == url

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from celery import Celery, signals
 
@@ -37,8 +37,14 @@ def celery_config(settings: Settings) -> dict[str, Any]:
     store = settings.redis_store
     if store is None:
         return {}
-    url = broker.with_password(*store)
-    options: dict[str, Any] = {"retry_period": RETRY_PERIOD, "socket_timeout": broker.socket_timeout(settings, url)}
+    url, password = store
+    options: dict[str, Any] = {
+        "retry_period": RETRY_PERIOD,
+        "socket_timeout": broker.socket_timeout(settings, url),
+        # Not in the URL: workers tell their settings to whoever may ask them (`inspect conf`, Flower), and Celery hides what is
+        # called a password, but in none of RedBeat's URLs.
+        "password": password.get_secret_value() if password else None,
+    }
     tls = broker.redis_tls(settings, url)
     if url.startswith("sentinel"):
         hosts = [urlsplit(one) for one in url.split(";")]
@@ -47,7 +53,6 @@ def celery_config(settings: Settings) -> dict[str, Any]:
             "service_name": settings.sentinel_master,
             "sentinel_kwargs": broker.sentinel_options(settings),
             "username": hosts[0].username,
-            "password": unquote(hosts[0].password) if hosts[0].password else None,
             "db": int(hosts[0].path.strip("/") or 0),
         }
         url = "redis-sentinel://"
