@@ -111,6 +111,14 @@ def test_the_exporter_tells_what_runs(cluster: Cluster, prometheus: Prometheus, 
     assert prometheus.query('celery_task_runtime_seconds_count{task="orders.tasks.batch_import"}')
 
 
+def test_old_results_go_by_themselves(cluster: Cluster, traffic: None) -> None:
+    client = cluster.client(cluster.master())
+    client.connection_pool.connection_kwargs["db"] = 1
+    left = {key: client.ttl(key) for key in client.scan_iter("orders:celery-task-meta-*")}
+    assert len(left) >= 60
+    assert all(0 < seconds <= 3600 for seconds in left.values()), left
+
+
 @pytest.mark.parametrize("dashboard", ["overview", "workers", "brokers"])
 def test_no_panel_is_empty(prometheus: Prometheus, traffic: None, dashboard: str) -> None:
     """The page gives what the repository has, and each of its queries has a result."""
