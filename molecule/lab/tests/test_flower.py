@@ -19,7 +19,7 @@ PATHS = ["/", "/index.html", "/nothing", "/prometheus/", "/prometheus/-/healthy"
 PATHS += [f"/flower{path}" for path in ("", "/", "/metrics", "/healthcheck", "/tasks", "/broker", "/api/workers", "/api/tasks")]
 PATHS += ["/flower/static/css/flower.css", "/%66lower/metrics", "//flower/metrics", "/x/../flower/healthcheck", "/flower/login"]
 #: Seconds without broker: long enough for Flower to wait much longer by itself, which doubles the time between its tries.
-OUTAGE = 60
+OUTAGE = 110
 WORKERS = ("critical", "default", "batch")
 OTHER_PASSWORD = "nX7cY2pK9mQ4wL8vD3fG6hJ1"
 
@@ -79,7 +79,7 @@ def test_it_sees_events_soon_after_a_long_outage_of_the_broker(cluster: RabbitCl
     finally:
         all_brokers("start")
         cluster.whole()
-    flower.sees(cluster.application, seconds=30)
+    flower.sees(cluster.application, seconds=20)
     assert pid(flower.node, "flower") == before
 
 
