@@ -70,7 +70,7 @@ molecule: $(VENV)/test ## The quickstart on Debian 12, the lab of several hosts 
 	PATH="$(CURDIR)/$(BIN):$$PATH" molecule/run
 
 DRILLS := molecule/lab/inventory
-drills: $(VENV)/test ## Break a lab of five hosts again and again under a stream of tasks; print what became of them
+drills: $(VENV)/test ## Break a lab of six hosts again and again under a stream of tasks; print what became of them
 	@rm -f .lab/drills.txt $(DRILLS)/group_vars/all/test_moved.yml
 	$(BIN)/ansible-playbook -i $(DRILLS) playbooks/lab.yml
 	$(BIN)/ansible-playbook -i $(DRILLS) site.yml

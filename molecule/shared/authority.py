@@ -57,7 +57,7 @@ class Authority:
         return (
             x509.CertificateBuilder(self._name, subject, key.public_key(), x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(days=1000))
-            .not_valid_after(now + datetime.timedelta(days=days, minutes=5))
+            .not_valid_after(now + datetime.timedelta(days=days, hours=1))
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from drills import only_in_drills
 from flower import Flower
 from nodes import Node, wait_for
 from rabbit import SERVICE, RabbitCluster
@@ -66,6 +67,7 @@ def test_it_shows_workers_and_tasks_and_no_secret(cluster: RabbitCluster, flower
     assert [name for name, secret in flower.node.secrets.items() if secret in text] == []
 
 
+@only_in_drills
 def test_it_sees_events_soon_after_a_long_outage_of_the_broker(cluster: RabbitCluster, flower: Flower) -> None:
     before = pid(flower.node, "flower")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from cluster import Cluster
+from drills import only_in_drills
 from nodes import REPOSITORY, Node, wait_for
 from rabbit import SERVICE, RabbitCluster
 
@@ -108,6 +109,14 @@ def test_the_exporter_tells_what_runs(cluster: Cluster, prometheus: Prometheus, 
     assert [series["value"][1] for series in prometheus.query("celery_broker_up")] == ["1"]
     assert prometheus.query("time() - celery_beat_last_tick_timestamp_seconds < 60")
     assert prometheus.query('celery_task_runtime_seconds_count{task="orders.tasks.batch_import"}')
+
+
+def test_old_results_go_by_themselves(cluster: Cluster, traffic: None) -> None:
+    client = cluster.client(cluster.master())
+    client.connection_pool.connection_kwargs["db"] = 1
+    left = {key: client.ttl(key) for key in client.scan_iter("orders:celery-task-meta-*")}
+    assert len(left) >= 60
+    assert all(0 < seconds <= 3600 for seconds in left.values()), left
 
 
 @pytest.mark.parametrize("dashboard", ["overview", "workers", "brokers"])
@@ -239,6 +248,7 @@ def webhook(cluster: Cluster, node: Node) -> Iterator[Webhook]:
     found.forget()
 
 
+@only_in_drills
 def test_what_breaks_is_told_of_and_that_it_is_over(cluster: RabbitCluster, webhook: Webhook, traffic: None) -> None:
     """The dead letter of `traffic` is the first of them. Each repair is what its runbook says."""
     data, app = cluster.nodes, cluster.workers
@@ -272,6 +282,7 @@ def test_what_breaks_is_told_of_and_that_it_is_over(cluster: RabbitCluster, webh
     assert all("Runbook: https://" in text for _, _, text in webhook.messages())
 
 
+@only_in_drills
 def test_a_broker_that_is_down_is_one_alert(cluster: RabbitCluster, webhook: Webhook) -> None:
     """Not one per queue, worker and node."""
     cluster.whole()

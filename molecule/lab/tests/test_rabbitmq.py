@@ -198,7 +198,7 @@ def test_urgent_messages_come_first_where_the_version_has_priorities(cluster: Ra
 
 def test_a_check_finds_nothing_to_do(cluster: RabbitCluster) -> None:
     before = pids(cluster)
-    assert cluster.application.converge("--check", "--diff")["changed"] == []
+    assert cluster.application.converge(ONLY, "--check", "--diff")["changed"] == []
     assert pids(cluster) == before
 
 

@@ -54,7 +54,12 @@ async function range(target) {
   const end = Math.floor(Date.now() / 1000);
   const seconds = Number($("range").value);
   const step = Math.max(15, Math.round(seconds / POINTS));
-  return (await ask("query_range", { query: query(target.expr), start: end - seconds, end, step })).result;
+  const { result } = await ask("query_range", { query: query(target.expr), start: end - seconds, end, step });
+  return result.map(({ metric, values }) => ({ metric, points: values.flatMap(([when, value], index) => {
+    const point = { x: when * 1000, y: Number(value) };
+    // A line across a time without values would be made up.
+    return index && when - values[index - 1][0] > 4 * step ? [{ x: point.x - 1, y: NaN }, point] : [point];
+  }) }));
 }
 
 function name(target, labels) {
@@ -70,7 +75,7 @@ const DRAW = {
     if (!found) return [];
     const value = Number(found.value[1]);
     const { unit, decimals, thresholds } = panel.fieldConfig.defaults;
-    const shown = element("div", written(value, unit, decimals), "stat");
+    const shown = element("div", written(value, unit, decimals), "value");
     shown.style.background = color(value, thresholds);
     return [shown];
   },
@@ -119,13 +124,10 @@ const DRAW = {
     const { unit, min, max } = panel.fieldConfig.defaults;
     const datasets = [];
     for (const target of panel.targets) {
-      for (const { metric, values } of await range(target)) {
-        const points = values.map(([x, y]) => ({ x: x * 1000, y: Number(y) })).filter(({ y }) => Number.isFinite(y));
-        if (points.length) datasets.push({ label: name(target, metric), data: points });
-      }
+      for (const { metric, points } of await range(target)) datasets.push({ label: name(target, metric), data: points });
     }
     if (!datasets.length) return [];
-    datasets.sort((one, other) => other.data.at(-1).y - one.data.at(-1).y);
+    datasets.sort((one, other) => (other.data.at(-1).y || 0) - (one.data.at(-1).y || 0));
     datasets.forEach((set, index) => Object.assign(set, { borderColor: COLORS[index % COLORS.length], backgroundColor: COLORS[index % COLORS.length] + "18", label: `${set.label}  ${written(set.data.at(-1).y, unit)}` }));
     const plot = element("div", undefined, "plot");
     const canvas = element("canvas");
