@@ -20,6 +20,9 @@ TABLE = "nft --stateless list table inet celery_platform"
 #: A service that nobody declared listens here, on every host.
 UNDECLARED = 8099
 CLIENTS = {"redis", "redis_sentinel", "celery_worker", "celery_beat", "celery_flower", "monitoring"}
+#: A group of all hosts.
+EVERYWHERE = {"lab"}
+PROXY = 443
 #: Who may reach what, beside ssh: port, groups of its hosts, groups that it is let in from.
 DECLARED = [
     (6379, {"redis"}, CLIENTS),
@@ -28,6 +31,10 @@ DECLARED = [
     (15691, {"rabbitmq"}, {"monitoring"}),
     (4369, {"rabbitmq"}, {"rabbitmq"}),
     (25672, {"rabbitmq"}, {"rabbitmq"}),
+    (PROXY, {"celery_flower", "monitoring"}, EVERYWHERE),
+    (9100, EVERYWHERE, {"monitoring"}),
+    (9121, {"redis"}, {"monitoring"}),
+    (9122, {"redis_sentinel"}, {"monitoring"}),
 ]
 SCAN = """
 import concurrent.futures, socket, sys
@@ -153,7 +160,7 @@ def test_the_controller_finds_only_ssh_and_what_the_site_declares(lab: Lab) -> N
     with ThreadPoolExecutor(len(targets)) as pool:
         answers = pool.map(lambda target: knock(*target.split(":")), targets)
         assert {at for at, answer in zip(targets.values(), answers, strict=True) if answer} == {
-            (name, port) for name, port in targets.values() if port in {22, *declared}
+            (name, port) for name, port in targets.values() if port in {22, PROXY, *declared}
         }
 
 

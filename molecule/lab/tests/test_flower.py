@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from drills import only_in_drills
-from flower import Flower
+from flower_client import Flower
 from nodes import Node, wait_for
 from rabbit import SERVICE, RabbitCluster
 

@@ -12,6 +12,7 @@ import redis
 import yaml
 from cluster import REDIS, SENTINEL, Cluster
 from drills import Report, Stream, only_in_drills
+from flower_client import Flower
 from nodes import REPOSITORY, Node, wait_for
 
 testinfra_hosts = ["ansible://app1"]
@@ -52,6 +53,13 @@ def test_the_old_master_comes_back_as_a_replica(cluster: Cluster, failed_over: d
 
 def test_a_failover_needs_no_right_that_a_user_lacks(cluster: Cluster, failed_over: dict[str, Any]) -> None:
     assert cluster.refusals() == []
+
+
+def test_flower_sees_tasks_after_a_failover(cluster: Cluster, failed_over: dict[str, Any]) -> None:
+    flower = Flower(cluster.host(cluster.application.inventory, "ops1"), cluster.authority)
+    flower.sees(cluster.application)
+    assert len(flower.workers()) == 6
+    assert "sentinel://" in flower.page("/flower/broker")
 
 
 def test_a_run_after_a_failover_changes_nothing(cluster: Cluster, failed_over: dict[str, Any]) -> None:
