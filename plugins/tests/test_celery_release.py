@@ -9,11 +9,13 @@ import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 import celery_release
 
@@ -370,3 +372,13 @@ def test_requirements_that_are_included_are_judged_too(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
 
     assert celery_release.unpinned(celery_release.read_requirements(tmp_path / "requirements.txt")) == ["redis"]
+
+
+def test_what_looks_at_the_broker_is_pinned_as_the_runtime_package_asks_for_it() -> None:
+    text = (REPOSITORY / "roles/celery_monitor/files/environment/requirements.txt").read_text()
+    pins = {celery_release.project_name(line): line.partition("==")[2] for line in celery_release.requirement_lines(text)}
+    extra = tomllib.loads((REPOSITORY / "runtime/pyproject.toml").read_text())["project"]["optional-dependencies"]["monitor"]
+
+    assert celery_release.unpinned(text) == []
+    for wanted in map(Requirement, extra):
+        assert wanted.specifier.contains(pins[celery_release.project_name(wanted.name)]), wanted

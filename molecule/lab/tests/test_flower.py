@@ -94,6 +94,7 @@ def test_every_path_asks_for_the_password(cluster: RabbitCluster, flower: Flower
     assert statuses(cluster.application, flower.node.address, method, login) == dict.fromkeys(PATHS, '401 Basic realm="orders"')
 
 
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 def test_plain_text_and_old_protocols_are_refused(flower: Flower) -> None:
     address = flower.node.address
     with socket.create_connection((address, 443), timeout=5) as plain:
@@ -105,7 +106,7 @@ def test_plain_text_and_old_protocols_are_refused(flower: Flower) -> None:
     context = ssl.create_default_context(cafile=str(flower.authority))
     context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
     context.set_ciphers("DEFAULT@SECLEVEL=0")
-    with socket.create_connection((address, 443), timeout=5) as plain, pytest.raises(ssl.SSLError):
+    with socket.create_connection((address, 443), timeout=5) as plain, pytest.raises(ssl.SSLError, match="alert protocol version"):
         context.wrap_socket(plain, server_hostname=address)
 
 
