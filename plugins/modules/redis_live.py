@@ -123,10 +123,15 @@ class Live:
                 if not self.check:
                     self.client(*command)
 
+    def listed_users(self) -> dict[str, str]:
+        """Return the rules of all users by name."""
+        # Redis 7.0 names this default for users that were reset, but not for those that it read from the file.
+        return {line.split()[1]: line.replace(" sanitize-payload", "") for line in self.client("ACL", "LIST")}
+
     def users(self) -> None:
         """Change the users, without cutting the connections of those that stay."""
         wanted = {words[1]: words[2:] for words in lines_of(self.arguments["acl"])}
-        before = {line.split()[1]: line for line in self.client("ACL", "LIST")}
+        before = self.listed_users()
         unwanted = sorted(set(before) - set(wanted))
         if self.check:
             self.changed += sorted(set(before) ^ set(wanted))
@@ -135,7 +140,7 @@ class Live:
             self.client("ACL", "SETUSER", name, "reset", *rules)
         if unwanted:
             self.client("ACL", "DELUSER", *unwanted)
-        after = {line.split()[1]: line for line in self.client("ACL", "LIST")}
+        after = self.listed_users()
         self.changed += [f"user {name}" for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
 
 
