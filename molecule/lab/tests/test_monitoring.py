@@ -152,6 +152,33 @@ def test_each_alert_names_a_runbook_that_is_there(prometheus: Prometheus) -> Non
         assert rule["name"].encode() in prometheus.get(address.removeprefix(prometheus.address)), address
 
 
+def runbook_commands() -> dict[str, set[str]]:
+    """Return the commands of all runbooks that only look, by the host that has what they look at."""
+    hosts = {"rabbitmq": "data1", "rcli": "data1", "celery-exec": "app1", "amtool": "ops1", "promtool": "ops1"}
+    found: dict[str, set[str]] = {}
+    for runbook in (REPOSITORY / "docs/runbooks").glob("*.md"):
+        look = runbook.read_text().partition("\n## Look\n")[2].partition("\n## ")[0]
+        for command in re.findall(r"`([^`]+)`", look):
+            host = next((host for word, host in hosts.items() if command.startswith(word)), None)
+            if host and " " in command and "ID" not in command:
+                found.setdefault(host, set()).add(command.replace("shop", "orders"))
+    return found
+
+
+def test_what_runbooks_look_at_is_there(cluster: Cluster, node: Node) -> None:
+    define = (REPOSITORY / "docs/runbooks/README.md").read_text().split("```")[1]
+    password = cluster.secrets["vault_redis_operator_password"]
+    commands = runbook_commands()
+    assert sum(map(len, commands.values())) > 40
+    failed = {}
+    for name, host in {"data1": cluster.nodes["data1"], "app1": cluster.application, "ops1": node}.items():
+        for command in commands[name]:
+            done = host.host.run("echo %s | bash -o pipefail -c %s", password, f"{define}\n{command}")
+            if done.rc or "NOPERM" in done.stdout or "(error)" in done.stdout:
+                failed[command] = f"{done.stdout[-300:]} {done.stderr[-300:]}"
+    assert failed == {}
+
+
 def answer(host: Node, address: str, certificate: bool = False) -> str:
     """Return the status that a host gets for a page, or what went wrong on the way to it."""
     return host.python(
