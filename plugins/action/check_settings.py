@@ -134,7 +134,7 @@ class ActionModule(ActionBase):
     - `allowed`: what is allowed, in words.
     - `found` (optional): an expression for what is wrong. Numbers, words and yes or no are shown without it; lists
       and dicts never are, since they may hold secrets.
-    - `file` (optional): the file to edit, if it is not the one that sets the variable.
+    - `file` (optional): the file to edit, if it is not the one that sets the variable; or "none, ", and what it is.
 
     With the variable `check_settings_collect` true (as playbooks/preflight.yml sets it) problems are
     added to the fact `settings_problems`, for one common message; otherwise they fail the task.
@@ -269,7 +269,7 @@ class ActionModule(ActionBase):
         if (set_by or name) in load_extra_vars(self._loader):
             file = "none, it is set on the command line (-e)"
         elif file:
-            file = shown(inventory / file)
+            file = file if file.startswith("none, ") else shown(inventory / file)
         else:
             file = defining_file(set_by or name, inventory, self._vars["inventory_hostname"], self._vars["group_names"])
         return f"{name} {what}.\n    File: {file}\n    Allowed: {allowed}"

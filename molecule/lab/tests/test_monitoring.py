@@ -161,7 +161,8 @@ def runbook_commands() -> dict[str, set[str]]:
         for command in re.findall(r"`([^`]+)`", look):
             host = next((host for word, host in hosts.items() if command.startswith(word)), None)
             if host and " " in command and "ID" not in command:
-                found.setdefault(host, set()).add(command.replace("shop", "orders"))
+                # What a filter lets through depends on what goes on.
+                found.setdefault(host, set()).add(command.replace("shop", "orders").partition(" | ")[0])
     return found
 
 
@@ -173,10 +174,10 @@ def test_what_runbooks_look_at_is_there(cluster: Cluster, node: Node) -> None:
     failed = {}
     for name, host in {"data1": cluster.nodes["data1"], "app1": cluster.application, "ops1": node}.items():
         for command in commands[name]:
-            done = host.host.run("echo %s | bash -o pipefail -c %s", password, f"{define}\n{command}")
+            done = host.host.run("echo %s | bash -c %s", password, f"{define}\n{command}")
             if done.rc or "NOPERM" in done.stdout or "(error)" in done.stdout:
                 failed[command] = f"{done.stdout[-300:]} {done.stderr[-300:]}"
-    assert failed == {}
+    assert not failed, json.dumps(failed, indent=2)
 
 
 def answer(host: Node, address: str, certificate: bool = False) -> str:

@@ -191,7 +191,7 @@ def test_a_full_or_read_only_disk_stops_the_run(cluster: Cluster, data1: Node) -
     full = cluster.application.run_playbook()
     assert full.returncode == 2
     assert 'has "20 MB free"' in full.stdout
-    assert "none, it is /var/lib/redis of data1" in full.stdout
+    assert "File: none, it is /var/lib/redis of data1" in full.stdout
     data1.host.check_output("mount -o remount,ro /var/lib/redis")
     read_only = cluster.application.run_playbook()
     assert 'has "on a read-only disk"' in read_only.stdout
