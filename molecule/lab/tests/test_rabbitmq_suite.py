@@ -23,9 +23,9 @@ testinfra_hosts = ["ansible://data1"]
 NAME = "suite"
 FOLDER = REPOSITORY / ".lab/suite"
 PLUGINS = ["celery", "click", "order", "rerunfailures", "subtests", "timeout"]
-TOOLS = ["pytest", *(f"pytest-{name}" for name in PLUGINS), "sqlalchemy"]
-#: Seconds; all but `test_canvas` take less than two minutes.
-LIMIT = 1800
+TOOLS = ["pytest", *(f"pytest-{name}" for name in PLUGINS), "django", "sqlalchemy"]
+#: Seconds for a file of tests; all but `test_canvas` take less than two minutes.
+LIMIT = 1500
 
 #: Files of tests that have nothing to do with this broker.
 OTHER_SERVERS = {
@@ -37,15 +37,16 @@ OTHER_SERVERS = {
 #: Tests that expect what this project has other defaults for.
 OTHER_DEFAULTS = {
     "test_active": "arguments are not shown",
-    "test_active_queues": "queues are of quorum type, with a dead letter queue",
+    "test_active_queues": "queues are quorum queues, on an exchange of type topic",
     "test_query_task": "arguments are not shown",
     "test_scheduled": "a countdown waits in the broker, not in the worker",
-    "test_retry": "STARTED is not stored",
-    "test_retry_with_unpickleable_exception": "STARTED is not stored",
     "test_task_success": "arguments are not logged",
     "test_task_failed": "arguments are not logged",
+    "test_task_sent_event_respects_publish_retry_limit": "publishing has a limit of time, not of tries",
     "test_concurrency_auto_sizes_prefork_pool": "starts a worker of its own, which has no certificate",
 }
+#: Tests that expect of the worker to get a task later than its sender goes on, which here waits for the confirmation.
+RACES = {"test_replaced_task_nesting_level_0", "test_replaced_task_nesting_level_1"}
 
 
 @pytest.fixture(scope="module")
@@ -118,19 +119,20 @@ def test_celerys_own_tests_pass(cluster: RabbitCluster, python: Path, environmen
         return sum(int(node.host.check_output(log.format(started))) for node in cluster.nodes.values())
 
     started = int(cluster.application.host.check_output("date +%s"))
-    report = FOLDER / "junit.xml"
-    skipped = [f"--ignore=t/integration/{name}.py" for name in OTHER_SERVERS]
-    options = ["-p", "celery_suite", "-p", "no:cacheprovider", "--tb=short", "-q", f"--junitxml={report}", *skipped]
-    with (FOLDER / "output.txt").open("w") as output:
-        command = [python, "-m", "pytest", *options, "t/integration"]
-        subprocess.run(command, cwd=FOLDER, env=os.environ | environment, stdout=output, stderr=output, timeout=LIMIT)
     found: dict[str, set[str]] = {}
-    for case in ET.parse(report).iter("testcase"):
-        outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
-        found.setdefault(outcome, set()).add(case.get("name", ""))
+    for file in sorted((FOLDER / "t/integration").glob("test_*.py")):
+        if file.stem in OTHER_SERVERS:
+            continue
+        report = FOLDER / f"{file.stem}.xml"
+        command = [python, "-m", "pytest", "-p", "celery_suite", "--tb=short", "-q", f"--junitxml={report}", file]
+        with report.with_suffix(".txt").open("w") as output:
+            subprocess.run(command, cwd=FOLDER, env=os.environ | environment, stdout=output, stderr=output, timeout=LIMIT)
+        for case in ET.parse(report).iter("testcase"):
+            outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+            found.setdefault(outcome, set()).add(case.get("name", ""))
     counts = ", ".join(f"{outcome} {len(names)}" for outcome, names in sorted(found.items()))
     with (REPOSITORY / ".lab/drills.txt").open("a") as table:
         table.write(f"Celery's own integration tests: {counts}\n")
-    assert found.get("failure", set()) | found.get("error", set()) == set(OTHER_DEFAULTS)
+    assert (found.get("failure", set()) | found.get("error", set())) - RACES == set(OTHER_DEFAULTS)
     assert len(found["passed"]) > 300
     assert refusals() == 0
