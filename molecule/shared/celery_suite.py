@@ -30,7 +30,7 @@ ONCE = [broker, logs, systemd, resilience, task_events, alerts]
 def make(*arguments: Any, **options: Any) -> testing.TestApp:
     """Return a test's application as the workers would load it."""
     app = Plain(*arguments, **options)
-    # Else all that a test sets for itself would be overwritten by the defaults of the test's application.
+    # The suite has one queue, and wants no other.
     app.conf.task_create_missing_queues = False
     configuration.apply(app, settings)
     for part in (*ONCE, guards, limits, serialization, dead_letters):
