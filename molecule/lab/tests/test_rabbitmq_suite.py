@@ -46,7 +46,7 @@ OTHER_DEFAULTS = {
     "test_concurrency_auto_sizes_prefork_pool": "starts a worker of its own, which has no certificate",
 }
 #: Tests that expect of the worker to get a task later than its sender goes on, which here waits for the confirmation.
-RACES = {"test_replaced_task_nesting_level_0", "test_replaced_task_nesting_level_1"}
+RACES = {"test_replaced_task_nesting_level_0"}
 
 
 @pytest.fixture(scope="module")
