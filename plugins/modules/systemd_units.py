@@ -1,0 +1,101 @@
+#!/usr/bin/python
+"""Ansible module `systemd_units`: bring several systemd units into their state, in one run."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: systemd_units
+short_description: Bring several systemd units into their state in one run
+description:
+  - Enables and starts units, restarts those whose service was started with other files or settings than there are now, reloads
+    those of which only what a reload reads is different, and removes those that are not wanted.
+  - What a service was started with is known by a mark that a drop-in of each unit leaves in /run, not by what this run has
+    changed, so that a run after an interrupted one finds what that one has left undone.
+options:
+  units:
+    description: The units, brought into their state in this order.
+    type: list
+    elements: dict
+    required: true
+    suboptions:
+      name:
+        description: Name with type, as in C(prometheus.service).
+        type: str
+        required: true
+      fingerprint:
+        description: >-
+          Digest of what the service reads at its start: settings, secrets, program. The files of the unit itself count without
+          being named.
+        type: str
+        default: ""
+      reload_fingerprint:
+        description: Digest of what the service reads again when it is reloaded.
+        type: str
+        default: ""
+      state:
+        description: >-
+          Whether it runs, and does at boot; C(stopped) leaves the file of the unit, which a package brought; C(absent) removes
+          it.
+        type: str
+        choices: [started, stopped, absent]
+        default: started
+author: Celery Platform
+"""
+
+EXAMPLES = r"""
+- name: Run Flower
+  systemd_units:
+    units:
+      - name: flower.service
+        fingerprint: "{{ (settings ~ users) | hash('sha256') }}"
+"""
+
+RETURN = r"""
+done:
+  description: What was done, or would be, by name of the unit; started, restarted, reloaded, enabled or removed.
+  returned: always
+  type: dict
+"""
+
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.systemd_units import Systemd, result_of
+
+
+def bring_all(systemd: Systemd, units: list[dict[str, str]], check: bool) -> dict[str, Any]:
+    """Bring all units into their state and return the module's result.
+
+    Raises:
+        UnitError: if one does not come into its state; the units after it are left as they are.
+    """
+    if not check:
+        systemd("daemon-reload")
+    done = {}
+    for unit in units:
+        name = unit["name"]
+        if unit["state"] == "started":
+            done[name] = systemd.bring(name, unit["fingerprint"], unit["reload_fingerprint"], check)
+        elif systemd.remove(name, keep_file=unit["state"] == "stopped", check=check):
+            done[name] = "removed"
+    done = {name: what for name, what in done.items() if what}
+    return {"changed": bool(done), "done": done}
+
+
+def main() -> None:
+    """Run the module."""
+    options = {
+        "name": {"type": "str", "required": True},
+        "fingerprint": {"type": "str", "default": ""},
+        "reload_fingerprint": {"type": "str", "default": ""},
+        "state": {"type": "str", "choices": ["started", "stopped", "absent"], "default": "started"},
+    }
+    module = AnsibleModule(
+        argument_spec={"units": {"type": "list", "elements": "dict", "required": True, "options": options}},
+        supports_check_mode=True,
+    )
+    result_of(module, lambda: bring_all(Systemd(module), module.params["units"], module.check_mode))
+
+
+if __name__ == "__main__":
+    main()
