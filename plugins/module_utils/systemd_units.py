@@ -39,6 +39,26 @@ def digest(*parts: str | bytes) -> str:
     return total.hexdigest()[:DIGITS]
 
 
+def digest_of(paths: list[str]) -> str:
+    """Return a digest of paths: of files the contents, of folders all that is in them, of links the target; none need exist."""
+    parts: list[str | bytes] = []
+    for path in paths:
+        parts.append(path)
+        if os.path.islink(path):
+            parts.append(os.readlink(path))
+        if os.path.isdir(path) and not os.path.islink(path):
+            parts.append(digest_of([os.path.join(path, name) for name in sorted(os.listdir(path))]))
+        elif os.path.isfile(path):
+            with open(path, "rb") as file:
+                parts.append(file.read())
+    return digest(*parts)
+
+
+def kind_of(unit: str) -> str:
+    """Return the name of the section of a unit's own kind: Service for a.service."""
+    return unit.rpartition(".")[2].capitalize()
+
+
 def replace_file(path: str, content: str, mode: int = 0o644) -> bool:
     """Write a file so that a reader finds the old or the new one; False if nothing had to be changed.
 
@@ -100,12 +120,8 @@ class Systemd:
         """Return the mark of a service that was started, and last reloaded, with all that is wanted now."""
         state = self.show(unit)
         paths = [state["FragmentPath"], *state["DropInPaths"].split()]
-        contents = []
-        for path in paths:
-            if path and os.path.basename(path) != DROP_IN and os.path.exists(path):
-                with open(path, "rb") as file:
-                    contents.append(file.read())
-        return f"{digest(fingerprint, *contents)}.{digest(reloaded)}"
+        own = [path for path in paths if path and os.path.basename(path) != DROP_IN]
+        return f"{digest(fingerprint, digest_of(own))}.{digest(reloaded)}"
 
     def mark_of_running(self, unit: str) -> str:
         """Return the mark of the service that runs; '' if it has left none."""
@@ -132,7 +148,8 @@ class Systemd:
             UnitError: if it does not come up.
         """
         wanted = self.mark(unit, fingerprint, reloaded)
-        text = f"# Written by Ansible. Tells the next run what the running service was started with.\n[Service]\nExecStartPost=-+/bin/ln -sfT {wanted} {self._mark_path('%n')}\n"
+        command = f"ExecStartPost=-+/bin/ln -sfT {wanted} {self._mark_path('%n')}"
+        text = f"# Written by Ansible. Tells the next run what this was started with.\n[{kind_of(unit)}]\n{command}\n"
         if not check and replace_file(f"{self._units}/{unit}.d/{DROP_IN}", text):
             self("daemon-reload")
         state = self.show(unit)
@@ -156,6 +173,9 @@ class Systemd:
         elif done:
             # One that was stopped by its own failures starts anew, too.
             self("reset-failed", unit)
+            if kind_of(unit) == "Socket" and done == "restarted":
+                # systemd refuses to restart a socket while its service runs.
+                self._do("stop", unit.replace(".socket", ".service"))
             self._do("restart", unit)
         return done or ("enabled" if enabled else "")
 

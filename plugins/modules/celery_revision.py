@@ -18,10 +18,10 @@ options:
     type: path
     default: /etc/celery
   contents:
-    description: Names in C(next), with globs, that belong to the revision. What is there besides is left out.
+    description: For C(checked), names in C(next), with globs, that belong to the revision. What an earlier run left besides is removed.
     type: list
     elements: str
-    default: []
+    default: ["*"]
   state:
     description: >-
       C(checked) runs I(check_command) if the wanted revision is another than the current one; C(active) makes it the current
@@ -35,9 +35,19 @@ options:
     elements: str
     default: []
   links:
-    description: Links to what is in the current revision, by path; where a file or folder of an earlier layout is, it is replaced.
-    type: dict
-    default: {}
+    description: Links to what is in the current revision. Where a file or folder of an earlier layout is, it is replaced.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      path:
+        description: Where the link is.
+        type: path
+        required: true
+      to:
+        description: What it points to, a path in I(path)/current.
+        type: str
+        required: true
 author: Celery Platform
 """
 
@@ -126,6 +136,9 @@ class Site:
         self._current = os.path.join(self._top, "current")
         self._next = os.path.join(self._top, "next")
         self._paths = list(contents_of(self._next, module.params["contents"]))
+        if module.params["state"] == "checked" and not module.check_mode:
+            for path in set(contents_of(self._next, ["*"])) - set(self._paths):
+                os.unlink(os.path.join(self._next, path))
         self.wanted = identity(self._next, self._paths)
 
     def folder(self, revision: str) -> str:
@@ -148,7 +161,9 @@ class Site:
 
     def linked_units(self) -> list[str]:
         """Return the names of all units of the application that systemd has."""
-        return sorted(os.path.basename(path) for path in glob.glob(f"{UNITS}/celery-worker@*.service") + glob.glob(f"{UNITS}/celery-beat.service"))
+        return sorted(
+            os.path.basename(path) for path in glob.glob(f"{UNITS}/celery-worker@*.service") + glob.glob(f"{UNITS}/celery-beat.service")
+        )
 
     def check(self) -> None:
         """Run the check of the wanted revision.
@@ -176,16 +191,17 @@ class Site:
         shutil.copy2(f"{UNITS}/celery-.service.d/platform.conf", folder)
         for unit in self.linked_units():
             shutil.copy2(f"{UNITS}/{unit}", f"{folder}/units")
-        releases = [path for path, target in self._module.params["links"].items() if target.endswith(f"/{RELEASE}")]
-        os.symlink(os.path.realpath(releases[0]), f"{folder}/{RELEASE}")
+        release = next(link["path"] for link in self._module.params["links"] if link["to"] == RELEASE)
+        os.symlink(os.path.realpath(release), f"{folder}/{RELEASE}")
         replace_link(self._current, "revisions/earlier")
 
     def link(self) -> None:
         """Point the names by which all is known outside to the current revision."""
-        for path, target in self._module.params["links"].items():
+        for link in self._module.params["links"]:
+            path = link["path"]
             if os.path.isdir(path) and not os.path.islink(path):
                 shutil.rmtree(path)
-            replace_link(path, target)
+            replace_link(path, os.path.join(self._current, link["to"]))
 
     def switch(self, revision: str) -> dict[str, str]:
         """Make a revision the current one, and let all services run with it; return what was done, by unit.
@@ -228,9 +244,12 @@ class Site:
             try:
                 self.switch(before)
             except UnitError as second:
-                raise UnitError(f"The new revision does not run, nor does the earlier one, which is the current one again.\n{second}") from error
+                raise UnitError(
+                    f"The new revision does not run, nor does the earlier one, which is the current one again.\n{second}"
+                ) from error
             raise UnitError(f"The new revision does not run; the earlier one runs again.\n{error}") from error
-        self.prune({self.wanted, before})
+        if self.wanted != before:
+            self.prune({self.wanted, before})
         return done
 
     def would_do(self) -> dict[str, str]:
@@ -254,7 +273,7 @@ class Site:
         if present and not check:
             for unit in self.linked_units():
                 self._systemd.remove(unit)
-            for path in [*self._module.params["links"], self._current]:
+            for path in [*(link["path"] for link in self._module.params["links"]), self._current]:
                 if os.path.islink(path):
                     os.unlink(path)
             shutil.rmtree(os.path.join(self._top, "revisions"), ignore_errors=True)
@@ -297,10 +316,15 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "path": {"type": "path", "default": "/etc/celery"},
-            "contents": {"type": "list", "elements": "str", "default": []},
+            "contents": {"type": "list", "elements": "str", "default": ["*"]},
             "state": {"type": "str", "choices": ["checked", "active", "absent"], "default": "active"},
             "check_command": {"type": "list", "elements": "str", "default": []},
-            "links": {"type": "dict", "default": {}},
+            "links": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {"path": {"type": "path", "required": True}, "to": {"type": "str", "required": True}},
+            },
         },
         supports_check_mode=True,
     )

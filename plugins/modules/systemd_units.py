@@ -22,16 +22,18 @@ options:
         description: Name with type, as in C(prometheus.service).
         type: str
         required: true
-      fingerprint:
+      files:
         description: >-
-          Digest of what the service reads at its start: settings, secrets, program. The files of the unit itself count without
-          being named.
-        type: str
-        default: ""
-      reload_fingerprint:
-        description: Digest of what the service reads again when it is reloaded.
-        type: str
-        default: ""
+          Files, links and folders that the service reads at its start: settings, secrets, program. Those of the unit itself count
+          without being named; one that is not there counts as such.
+        type: list
+        elements: path
+        default: []
+      reload_files:
+        description: What the service reads again when it is reloaded.
+        type: list
+        elements: path
+        default: []
       state:
         description: >-
           Whether it runs, and does at boot; C(stopped) leaves the file of the unit, which a package brought; C(absent) removes
@@ -47,7 +49,7 @@ EXAMPLES = r"""
   systemd_units:
     units:
       - name: flower.service
-        fingerprint: "{{ (settings ~ users) | hash('sha256') }}"
+        files: [/etc/flower/flowerconfig.py]
 """
 
 RETURN = r"""
@@ -60,7 +62,7 @@ done:
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.systemd_units import Systemd, result_of
+from ansible.module_utils.systemd_units import Systemd, digest_of, result_of
 
 
 def bring_all(systemd: Systemd, units: list[dict[str, str]], check: bool) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def bring_all(systemd: Systemd, units: list[dict[str, str]], check: bool) -> dic
     for unit in units:
         name = unit["name"]
         if unit["state"] == "started":
-            done[name] = systemd.bring(name, unit["fingerprint"], unit["reload_fingerprint"], check)
+            done[name] = systemd.bring(name, digest_of(unit["files"]), digest_of(unit["reload_files"]), check)
         elif systemd.remove(name, keep_file=unit["state"] == "stopped", check=check):
             done[name] = "removed"
     done = {name: what for name, what in done.items() if what}
@@ -86,8 +88,8 @@ def main() -> None:
     """Run the module."""
     options = {
         "name": {"type": "str", "required": True},
-        "fingerprint": {"type": "str", "default": ""},
-        "reload_fingerprint": {"type": "str", "default": ""},
+        "files": {"type": "list", "elements": "path", "default": []},
+        "reload_files": {"type": "list", "elements": "path", "default": []},
         "state": {"type": "str", "choices": ["started", "stopped", "absent"], "default": "started"},
     }
     module = AnsibleModule(
