@@ -18,6 +18,8 @@ from ansible.module_utils.basic import AnsibleModule
 UNITS = "/etc/systemd/system"
 #: Name of the drop-in that leaves the mark.
 DROP_IN = "zz-fingerprint.conf"
+#: Names of all drop-ins that roles of this project write.
+DROP_INS = ("celery-platform.conf", "celery-monitor.conf", DROP_IN)
 #: Lines of a unit's journal that are shown if it does not start.
 JOURNAL_LINES = 12
 #: Hexadecimal digits of a digest that are kept; 64 bits tell apart what one host ever had.
@@ -187,33 +189,38 @@ class Systemd:
         """
         self._do("enable", unit)
 
-    def remove(self, unit: str, keep_file: bool = False, check: bool = False) -> bool:
-        """Stop a unit, keep it from starting at boot, and remove its files of ours; False if it was gone already.
-
-        Args:
-            unit: its name, with its type.
-            keep_file: whether the unit's own file stays, as a package's.
-            check: only find whether something would be done.
+    def stop(self, unit: str, check: bool = False) -> bool:
+        """Stop a unit and keep it from starting at boot; False if neither was needed.
 
         Raises:
             UnitError: if it does not stop.
         """
         state = self.show(unit)
-        path, drop_in = f"{self._units}/{unit}", f"{self._units}/{unit}.d/{DROP_IN}"
         runs = state["ActiveState"] not in ("inactive", "failed")
-        ours = [] if keep_file else [path]
-        present = [name for name in (*ours, drop_in) if os.path.lexists(name)]
-        if not (runs or present or state["UnitFileState"] == "enabled") or check:
-            return bool(runs or present or state["UnitFileState"] == "enabled")
-        if runs:
+        enabled = state["UnitFileState"] == "enabled"
+        if runs and not check:
             self._do("stop", unit)
-        if state["LoadState"] == "loaded":
+        if enabled and not check:
+            # Of a unit that is a link, its own link is removed, too.
             self._do("disable", unit)
-        for name in present:
-            if os.path.lexists(name):
-                os.unlink(name)
-        if os.path.isdir(os.path.dirname(drop_in)) and not os.listdir(os.path.dirname(drop_in)):
-            os.rmdir(os.path.dirname(drop_in))
+        return runs or enabled
+
+    def remove(self, unit: str, check: bool = False) -> bool:
+        """Stop a unit that is ours, or a package's with drop-ins of ours, and remove these files; False if there are none.
+
+        Raises:
+            UnitError: if it does not stop.
+        """
+        folder = f"{self._units}/{unit}.d"
+        present = [path for path in (f"{self._units}/{unit}", *(f"{folder}/{name}" for name in DROP_INS)) if os.path.lexists(path)]
+        if not present or check:
+            return bool(present)
+        self.stop(unit)
+        for path in present:
+            if os.path.lexists(path):
+                os.unlink(path)
+        if os.path.isdir(folder) and not os.listdir(folder):
+            os.rmdir(folder)
         if os.path.lexists(self._mark_path(unit)):
             os.unlink(self._mark_path(unit))
         self("reset-failed", unit)

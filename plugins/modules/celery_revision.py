@@ -34,6 +34,13 @@ options:
     type: list
     elements: str
     default: []
+  releases:
+    description: For C(active), the folder of all releases.
+    type: path
+  keep_releases:
+    description: How many releases are kept besides those of kept revisions, the newest ones, to go back to.
+    type: int
+    default: 3
   links:
     description: Links to what is in the current revision. Where a file or folder of an earlier layout is, it is replaced.
     type: list
@@ -78,6 +85,8 @@ from ansible.module_utils.systemd_units import UNITS, Systemd, UnitError, digest
 
 #: What a release is linked by in a revision.
 RELEASE = "release"
+#: Names of units of an application, with globs.
+OWN_UNITS = ("celery-worker@*.service", "celery-beat.service")
 #: Lines of a failed check that are shown.
 CHECK_LINES = 20
 #: Seconds that a check may take.
@@ -249,7 +258,7 @@ class Site:
                 ) from error
             raise UnitError(f"The new revision does not run; the earlier one runs again.\n{error}") from error
         if self.wanted != before:
-            self.prune({self.wanted, before})
+            self._prune({self.wanted, before})
         return done
 
     def would_do(self) -> dict[str, str]:
@@ -261,11 +270,17 @@ class Site:
         done = {unit: self._systemd.bring(unit, shared, check=True) for unit in self.units(running)}
         return {unit: what for unit, what in done.items() if what}
 
-    def prune(self, keep: set[str]) -> None:
-        """Remove the revisions that are not to be kept: they hold secrets."""
-        for name in os.listdir(os.path.join(self._top, "revisions")):
-            if name not in keep:
-                shutil.rmtree(self.folder(name), ignore_errors=True)
+    def _prune(self, keep: set[str]) -> None:
+        """Remove the revisions that are not to be kept, since they hold secrets, and releases that nobody will go back to."""
+        top = os.path.join(self._top, "revisions")
+        for name in set(os.listdir(top)) - keep:
+            shutil.rmtree(os.path.join(top, name), ignore_errors=True)
+        releases = self._module.params["releases"]
+        if releases:
+            used = {os.path.realpath(path) for path in glob.glob(f"{top}/*/{RELEASE}")}
+            others = {path for path in glob.glob(f"{os.path.realpath(releases)}/*") if os.path.isdir(path)} - used
+            for path in sorted(others, key=os.path.getmtime, reverse=True)[self._module.params["keep_releases"] :]:
+                shutil.rmtree(path, ignore_errors=True)
 
     def remove(self, check: bool) -> bool:
         """Stop all services and remove units, revisions and links; False if nothing was there."""
@@ -319,6 +334,8 @@ def main() -> None:
             "contents": {"type": "list", "elements": "str", "default": ["*"]},
             "state": {"type": "str", "choices": ["checked", "active", "absent"], "default": "active"},
             "check_command": {"type": "list", "elements": "str", "default": []},
+            "releases": {"type": "path"},
+            "keep_releases": {"type": "int", "default": 3},
             "links": {
                 "type": "list",
                 "elements": "dict",

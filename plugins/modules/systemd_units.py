@@ -36,8 +36,8 @@ options:
         default: []
       state:
         description: >-
-          Whether it runs, and does at boot; C(stopped) leaves the file of the unit, which a package brought; C(absent) removes
-          it.
+          Whether it runs, and does at boot. With C(absent), a unit of ours is stopped and removed, and one of a package is stopped
+          and loses our drop-ins, if it has any; others' are left alone.
         type: str
         choices: [started, stopped, absent]
         default: started
@@ -54,7 +54,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 done:
-  description: What was done, or would be, by name of the unit; started, restarted, reloaded, enabled or removed.
+  description: What was done, or would be, by name of the unit; started, restarted, reloaded, enabled, stopped or removed.
   returned: always
   type: dict
 """
@@ -78,7 +78,9 @@ def bring_all(systemd: Systemd, units: list[dict[str, str]], check: bool) -> dic
         name = unit["name"]
         if unit["state"] == "started":
             done[name] = systemd.bring(name, digest_of(unit["files"]), digest_of(unit["reload_files"]), check)
-        elif systemd.remove(name, keep_file=unit["state"] == "stopped", check=check):
+        elif unit["state"] == "stopped" and systemd.stop(name, check):
+            done[name] = "stopped"
+        elif unit["state"] == "absent" and systemd.remove(name, check):
             done[name] = "removed"
     done = {name: what for name, what in done.items() if what}
     return {"changed": bool(done), "done": done}
