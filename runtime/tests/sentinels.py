@@ -22,6 +22,7 @@ class Servers:
         self.tls = tls
         self.ca = folder / "ca.crt"
         self.running: dict[int, subprocess.Popen[bytes]] = {}
+        self.passwords: dict[int, str] = {}
         if tls:
             self._make_certificates()
 
@@ -43,17 +44,23 @@ class Servers:
             if replica_of:
                 lines.append(f"replicaof 127.0.0.1 {replica_of}")
             lines += [f"{name.replace('_', '-')} {value}" for name, value in settings.items()]
+            if "requirepass" in settings:
+                self.passwords[port] = settings["requirepass"]
             self._write(port, lines)
         self._start(port)
         if replica_of:
             wait_for("a replica", lambda: self._confirms(replica_of))
         return port
 
-    def sentinel(self, master: int, down_after: int = 1000) -> int:
+    def sentinel(self, master: int, down_after: int = 1000, password: str = "", master_password: str = "") -> int:
         """Start a Sentinel that watches a master (milliseconds until it counts as down); return its port."""
         port = free_port()
+        passwords = []
+        if password:
+            self.passwords[port] = password
+            passwords = [f"requirepass {password}", f"sentinel auth-pass {MASTER} {master_password}"]
         options = {"down-after-milliseconds": down_after, "failover-timeout": 5000}
-        lines = [*self._listen(port), f"sentinel monitor {MASTER} 127.0.0.1 {master} 2"]
+        lines = [*self._listen(port), f"sentinel monitor {MASTER} 127.0.0.1 {master} 2", *passwords]
         if self.tls:
             lines += [f"sentinel auth-pass {MASTER} {PASSWORD}", "tls-replication yes"]
         self._write(port, lines + [f"sentinel {name} {MASTER} {value}" for name, value in options.items()])
@@ -63,9 +70,8 @@ class Servers:
     def client(self, port: int) -> redis.Redis:
         """Return a client for a server or a Sentinel."""
         options: dict[str, Any] = {"ssl": True, "ssl_ca_certs": str(self.ca)} if self.tls else {}
-        return redis.Redis(
-            host="127.0.0.1", port=port, password=PASSWORD if self.tls and port not in self._sentinels() else None, **options
-        )
+        password = self.passwords.get(port) or (PASSWORD if self.tls and port not in self._sentinels() else None)
+        return redis.Redis(host="127.0.0.1", port=port, password=password, **options)
 
     def kill(self, port: int) -> None:
         """Kill a server at once."""

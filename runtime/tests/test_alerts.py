@@ -22,7 +22,7 @@ from celery_platform import alerts, logs
 from celery_platform.settings import BadSettings, Settings
 
 SHOP = """
-import time
+import os, signal, time
 from celery import Celery
 
 app = Celery("shop")
@@ -31,6 +31,10 @@ password = "pa55word"
 @app.task(name="pay")
 def pay(card):
     raise ValueError("refused by redis://me:" + password + "@host <!channel>\\nsecond line")
+
+@app.task(name="die")
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 @app.task(name="again", bind=True, max_retries=1)
 def again(self):
@@ -131,6 +135,16 @@ def test_a_worker_tells_what_goes_wrong(shop: Site, webhook: Webhook, redis_url:
     assert all(text.startswith("*one@host*\n") for text in webhook.texts)
     for hidden in ("card-4111", "pa55word", "second line", "Retry"):
         assert hidden not in told
+
+
+def test_the_task_of_a_lost_process_is_named(shop: Site, webhook: Webhook) -> None:
+    with shop.worker():
+        task = shop.producer().send_task("die").id
+        wait_for(
+            "its deaths", lambda: webhook.all().count("A process of the pool died") and "die failed with WorkerLostError" in webhook.all()
+        )
+    assert f"A process of the pool died: signal 9 (SIGKILL) (it ran die) [{task}" in webhook.all()
+    assert "no task" not in webhook.all()
 
 
 @pytest.mark.parametrize("how", ["silent", "dripping"])

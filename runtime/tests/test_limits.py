@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 from celery import Celery
 from sites import Site, wait_for
+
+from celery_platform.dead_letters import RedisStore
 
 SHOP = """
 import os, time
@@ -63,3 +68,64 @@ def test_a_hard_limit_below_the_soft_one_holds(site: Site, redis_url: str) -> No
             assert took(ours, "our-of-worker") < 30
         finally:
             bare.kill()
+
+
+DYING = """
+import os, signal, sys, time
+from celery import Celery
+
+app = Celery("shop")
+
+@app.task(name="dies")
+def dies(closes_early):
+    if closes_early:
+        # As a process does that ends on a busy machine: its pipes are closed, but it cannot be waited for yet.
+        frame = sys._getframe()
+        while "child_w" not in frame.f_locals:
+            frame = frame.f_back
+        os.close(frame.f_locals["child_w"])
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+@app.task(name="sleeps", bind=True)
+def sleeps(self, seconds):
+    with open(self.request.id, "w"):
+        time.sleep(seconds)
+"""
+
+
+def dying(site: Site, redis_url: str, **settings: str) -> None:
+    site.write(DYING)
+    site.set(broker_url=f"{redis_url}/0", result_backend=f"{redis_url}/1", max_runs="1", **settings)
+
+
+@pytest.mark.parametrize("closes_early", [True, False])
+def test_a_lost_process_is_no_time_limit(site: Site, redis_url: str, closes_early: bool) -> None:
+    """Without the guard, those that close their pipes early are found after 5 s, and given up after 4 s."""
+    dying(site, redis_url, soft_time_limit="3", time_limit="4")
+    with site.worker("--queues=default", "--concurrency=2"):
+        app = site.producer()
+        ids = [app.send_task("dies", (closes_early,)).id for _ in range(10)]
+        found = [app.AsyncResult(id).get(timeout=60, propagate=False) for id in ids]
+        assert [type(error).__name__ for error in found] == ["WorkerLostError"] * 10
+        letters = wait_for("the dead letters", lambda: (found := RedisStore(app).list()) and len(found) == 10 and found)
+        assert {letter.reason for letter in letters} == {"worker-lost"}
+        assert max(letter.failed - letter.received for letter in letters) < 8
+
+
+def test_a_worker_that_stood_still_kills_no_task_that_was_done_in_time(site: Site, redis_url: str) -> None:
+    dying(site, redis_url, soft_time_limit="2", time_limit="3")
+    with site.worker("--queues=default", "--concurrency=2") as worker:
+        app = site.producer()
+        done = [app.send_task("sleeps", (1,)) for _ in range(2)]
+        wait_for("the tasks", lambda: all((site.folder / result.id).exists() for result in done))
+        time.sleep(0.3)
+        worker.send_signal(signal.SIGSTOP)
+        time.sleep(5)
+        worker.send_signal(signal.SIGCONT)
+        # It still kills what does run too long.
+        hung = app.send_task("sleeps", (60,))
+        assert type(hung.get(timeout=30, propagate=False)).__name__ in ("TimeLimitExceeded", "SoftTimeLimitExceeded")
+        assert [result.get(timeout=5) for result in done] == [None, None]
+        assert "limit" not in site.log()[: site.log().index(hung.id)]
+        wait_for("its dead letter, the only one", lambda: [letter.id for letter in RedisStore(app).list()] == [hung.id])

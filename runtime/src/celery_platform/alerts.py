@@ -29,8 +29,7 @@ from billiard.einfo import ExceptionWithTraceback
 from billiard.pool import EX_OK, EX_RECYCLE
 from celery import Celery, bootsteps, signals
 from celery.app.task import Context
-from celery.exceptions import TimeLimitExceeded
-from celery.worker import state
+from celery.exceptions import TimeLimitExceeded, WorkerLostError
 from celery.worker.request import Request
 from pydantic import SecretStr
 
@@ -176,6 +175,8 @@ class Watch:
         self.alerts = alerts
         self.stopping = ""
         self.killed: set[int] = set()
+        #: The task that a lost process ran, by its process id: Celery gives up the task first, and then the process.
+        self.lost: dict[int, Request] = {}
 
     def failures(self) -> None:
         """See all tasks that fail for good.
@@ -188,6 +189,8 @@ class Watch:
         @functools.wraps(on_failure)
         def noted(request: Request, exc_info: Any, *arguments: Any, **named: Any) -> Any:
             request._celery_platform_failure = exc_info.exception
+            if request.worker_pid and isinstance(_unwrapped(exc_info.exception), WorkerLostError):
+                self.lost[request.worker_pid] = request
             return on_failure(request, exc_info, *arguments, **named)
 
         @functools.wraps(send_event)
@@ -208,7 +211,7 @@ class Watch:
             logger.exception("An alert is lost")
 
     def _failed(self, request: Request, failure: BaseException) -> None:
-        exception = failure.exc if isinstance(failure, ExceptionWithTraceback) else failure
+        exception = _unwrapped(failure)
         if isinstance(exception, TimeLimitExceeded) and request.worker_pid:
             self.killed.add(request.worker_pid)
         task = task_fields(request.name, Context(request.request_dict))
@@ -261,15 +264,15 @@ class Watch:
 
     def _process_down(self, process: Any) -> None:
         code, pid = process.exitcode, process.pid
+        lost = self.lost.pop(pid, None)
         meant = getattr(process, "_controlled_termination", False) or getattr(process, "_job_terminated", False)
         if code in (EX_OK, EX_RECYCLE) or meant or self.stopping:
             return
         if pid in self.killed:
             self.killed.discard(pid)
             return
-        lost = [request for request in state.active_requests if request.worker_pid == pid]
-        running = ", ".join(request.name for request in lost) or "no task"
-        self.alerts.tell("A process of the pool died", f"{human_status(code)} (it ran {running})", lost[0].id if lost else "")
+        running = lost.name if lost else "no task"
+        self.alerts.tell("A process of the pool died", f"{human_status(code)} (it ran {running})", lost.id if lost else "")
 
     def connection_step(self) -> type[bootsteps.StartStopStep]:
         """Return a step of the worker's consumer that sees it lose its broker, and find it again."""
@@ -291,6 +294,10 @@ class Watch:
                     alerts.tell("The connection to the broker is lost", _handled_error())
 
         return Connection
+
+
+def _unwrapped(failure: BaseException) -> BaseException:
+    return failure.exc if isinstance(failure, ExceptionWithTraceback) else failure
 
 
 def _handled_error() -> str:

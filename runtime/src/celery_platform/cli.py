@@ -21,7 +21,6 @@ from urllib.parse import quote
 
 import click
 from celery import Celery
-from celery.app.utils import find_app
 from kombu import serialization
 from kombu.exceptions import KombuError
 from pydantic import SecretStr
@@ -29,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from celery_platform import configuration
+from celery_platform import application, configuration
 from celery_platform.dead_letters import REASONS, DeadLetter, Letters, Store, StoreError, store_of
 from celery_platform.settings import MASK, PREFIX, BadSettings, Settings, is_secret, load_settings
 
@@ -51,7 +50,8 @@ def main() -> None:
 def config(as_json: bool) -> None:
     """Print the effective configuration, without secrets, and where each value comes from."""
     settings = _settings()
-    choices = configuration.apply(find_app(settings.application), settings)
+    with application.explained():
+        choices = configuration.apply(application.find(settings.application), settings)
     hide = hider(settings)
     ours = [(PREFIX + name.upper(), hide(_own(settings, name)), _source(name)) for name in Settings.model_fields]
     theirs = [(choice.name, hide(choice.value), choice.source) for choice in choices]
@@ -104,6 +104,46 @@ def hider(settings: Settings) -> Callable[[Any], Any]:
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+# --- check, round-trip ---
+
+
+@main.command()
+def check() -> None:
+    """Load all that a worker loads before it consumes, without its broker, and tell why it could not start."""
+    settings = _settings()
+    from celery_platform.worker import app
+
+    with application.explained():
+        tasks = application.load_tasks(app)
+    click.echo(f"ok: {len(tasks)} tasks of {settings.application}")
+
+
+@main.command("round-trip")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=30, show_default=True, help="Seconds for all answers.")
+def round_trip(timeout: float) -> None:
+    """Send a task of ours to each queue, and print how long each worker's answer takes."""
+    from celery_platform import round_trip as ours
+
+    settings = _settings()
+    from celery_platform.worker import app
+
+    names = [queue.name for queue in settings.queues]
+    missing = []
+    try:
+        for answer in ours.ping_queues(app, names, timeout):
+            if answer.seconds is not None:
+                told = f"{answer.seconds * 1000:.0f} ms"
+            else:
+                told = answer.error or "sent; there is no result backend, so whether a worker answers is not known"
+            if answer.error:
+                missing.append(answer.queue)
+            click.echo(f"{answer.queue}: {_printable(hider(settings)(told))}")
+    except Exception as error:
+        raise click.ClickException(f"The broker or the result backend cannot be reached: {hider(settings)(error)}") from error
+    if missing:
+        raise click.ClickException(f"no answer from {', '.join(missing)}")
 
 
 @main.command("generate-key")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from celery import Celery, bootsteps, signals
+from celery.concurrency.asynpool import AsynPool
+from kombu.asynchronous import get_event_loop
 
 from celery_platform.settings import Settings
+
+#: Seconds between two looks for the end of a process, and looks: until Celery itself looks, every 5 s (AsynPool.timers).
+LOOK_INTERVAL, LOOKS = 0.1, 50
 
 
 def install(app: Celery, settings: Settings) -> None:
@@ -22,6 +29,7 @@ def install(app: Celery, settings: Settings) -> None:
 
     # Before the worker makes its pool, which is what enforces them.
     signals.worker_init.connect(set_limits, weak=False)
+    signals.celeryd_init.connect(lambda **_: see_ends_first(), weak=False)
     app.steps["worker"].add(HardLimits)
 
 
@@ -47,3 +55,46 @@ class HardLimits(bootsteps.Step):  # type: ignore[misc]
             return apply_async(*args, timeout=timeout, soft_timeout=soft_timeout, **options)
 
         worker.pool.apply_async = apply_within_limits
+
+
+def see_ends_first() -> None:
+    """Let a task whose process is gone, or that is done, not be taken for one that ran into its time limit.
+
+    Both are defects of celery/concurrency/asynpool.py (5.7.0):
+    - A process that ends closes its pipes before it can be waited for. The worker looks once, when they are closed
+      (_event_process_exit), and if that is too early not until 5 s later. Can go when it looks again.
+    - The loop calls the timers that are due before it reads what processes sent. After a worker was kept busy, or stood
+      still, for so long, tasks that were done by then are killed. Can go when it reads first.
+    """
+    AsynPool._event_process_exit = _look_again(AsynPool._event_process_exit)
+    AsynPool._on_soft_timeout = _after_reading(AsynPool._on_soft_timeout)
+    AsynPool._on_hard_timeout = _after_reading(AsynPool._on_hard_timeout)
+
+
+def _look_again(process_exit: Callable[..., None]) -> Callable[..., None]:
+    def look(pool: Any, hub: Any, process: Any, looks: int) -> None:
+        if process in pool._pool:
+            pool.maintain_pool()
+            if looks:
+                hub.call_later(LOOK_INTERVAL, look, pool, hub, process, looks - 1)
+
+    @functools.wraps(process_exit)
+    def process_exit_surely(pool: Any, hub: Any, process: Any) -> None:
+        process_exit(pool, hub, process)
+        look(pool, hub, process, LOOKS)
+
+    return process_exit_surely
+
+
+def _after_reading(on_timeout: Callable[..., None]) -> Callable[..., None]:
+    def decide(pool: Any, job: int, *arguments: Any) -> None:
+        pool.maintain_pool()
+        on_timeout(pool, job, *arguments)
+
+    @functools.wraps(on_timeout)
+    def after_reading(pool: Any, job: int, *arguments: Any) -> None:
+        # The loop calls it after it has read once.
+        loop: Any = get_event_loop()
+        loop.call_soon(decide, pool, job, *arguments)
+
+    return after_reading

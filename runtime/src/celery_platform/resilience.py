@@ -1,7 +1,7 @@
 """Retries, circuit breakers and rate limits of tasks, chosen by the names of the tasks.
 
 They are put around `run` of the tasks that match, in a worker, before its pool starts: nothing changes for other tasks,
-nor for a task that is called as a function. Celery's own tasks (celery.*) are never touched.
+nor for a task that is called as a function. Celery's own tasks (celery.*) and ours are never touched.
 
 A task whose turn it is not is put off: published again with its id, its queue and its place in chains and chords, for
 some whole seconds later (RabbitMQ can delay by no less), then its message is acknowledged, as in Task.retry. Unlike there
@@ -36,6 +36,7 @@ from celery.app.task import Task
 from celery.exceptions import Ignore, Reject, Retry
 
 from celery_platform import broker
+from celery_platform.application import BUILT_IN
 from celery_platform.queues import DELAY
 from celery_platform.settings import Breaker, Settings
 
@@ -398,7 +399,7 @@ def protect_tasks(app: Celery, settings: Settings) -> None:
     horizon = min(HORIZON, settings.longest_wait // 2) if settings.uses_redis_broker else HORIZON
     limits = {glob: RateLimit(store, glob, rate, horizon) for glob, rate in settings.rate_limits.items() if store}
     for task in app.tasks.values():
-        if task.name.startswith("celery."):
+        if task.name.startswith(BUILT_IN):
             continue
         retries = retries_of(task, settings)
         breaker = breakers.get(first_match(task.name, breakers) or "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import socket
+import sys
 import threading
 from typing import Any
 
@@ -37,6 +38,15 @@ def watchdog_interval() -> float | None:
     if not period or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     return period / 1_000_000 / SIGNS_PER_PERIOD
+
+
+def stderr_is_journal() -> bool:
+    """Tell whether systemd connected this process's standard error to the journal (systemd.exec(5), JOURNAL_STREAM)."""
+    try:
+        status = os.fstat(sys.__stderr__.fileno() if sys.__stderr__ else -1)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 class SignsOfLife(bootsteps.StartStopStep):  # type: ignore[misc]

@@ -5,13 +5,11 @@ It is the user's own application, named by CELERY_PLATFORM_APPLICATION, with thi
 
 from __future__ import annotations
 
-import sys
-
 from celery import Celery
-from celery.app.utils import find_app
 
 from celery_platform import (
     alerts,
+    application,
     beat,
     broker,
     configuration,
@@ -20,16 +18,31 @@ from celery_platform import (
     limits,
     logs,
     redis_transport,
+    replies,
     resilience,
+    round_trip,
     serialization,
     systemd,
     task_events,
 )
-from celery_platform.settings import BadSettings, load_settings
+from celery_platform.settings import load_settings
 
-#: EX_CONFIG of sysexits.h: the units do not restart a service that ends with it.
-EXIT_BAD_SETTINGS = 78
-PARTS = (broker, guards, redis_transport, limits, serialization, logs, systemd, beat, resilience, dead_letters, task_events, alerts)
+PARTS = (
+    broker,
+    guards,
+    redis_transport,
+    limits,
+    serialization,
+    replies,
+    logs,
+    systemd,
+    beat,
+    resilience,
+    dead_letters,
+    task_events,
+    alerts,
+    round_trip,
+)
 
 
 def load() -> Celery:
@@ -39,15 +52,13 @@ def load() -> Celery:
         BadSettings: if the settings cannot be worked with.
     """
     settings = load_settings()
-    app: Celery = find_app(settings.application)
+    app = application.find(settings.application)
     configuration.apply(app, settings)
     for part in PARTS:
         part.install(app, settings)
     return app
 
 
-try:
+# The units do not restart a service that ends with EX_CONFIG.
+with application.explained():
     app = load()
-except BadSettings as error:
-    print(error, file=sys.stderr)
-    sys.exit(EXIT_BAD_SETTINGS)

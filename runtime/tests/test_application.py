@@ -1,0 +1,162 @@
+"""The commands `check` and `round-trip`: real applications, good and broken; real brokers and workers."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+
+import pytest
+from sites import Site
+from test_cli import cli
+from test_dead_letters import store_of
+
+GOOD = """
+from celery import Celery
+app = Celery("shop", include=["shop_tasks"])
+"""
+
+
+@pytest.fixture
+def broken(site: Site) -> Site:
+    """A site whose broker does not exist: a check needs none."""
+    site.set(broker_url="redis://127.0.0.1:1/0")
+    site.write(GOOD)
+    (site.folder / "shop_tasks.py").write_text("from shop import app\n@app.task\ndef sell():\n    pass\n")
+    return site
+
+
+def test_an_application_that_loads_is_ok(broken: Site) -> None:
+    assert cli(broken, "check").stdout == "ok: 1 tasks of shop:app\n"
+    broken.set(application="shop")
+    assert cli(broken, "check").stdout == "ok: 1 tasks of shop\n"
+    broken.set(application="shop.app")
+    assert cli(broken, "check").stdout == "ok: 1 tasks of shop.app\n"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "told"),
+    [
+        ("import json\n\nimport no_such_thing\n", "ModuleNotFoundError: No module named 'no_such_thing', at .*/shop_tasks.py:3"),
+        ("def sell(:\n", r"SyntaxError: invalid syntax .*, at .*/shop_tasks.py:1"),
+        ("import sys\nsys.exit(0)\n", r"SystemExit: 0, at .*/shop_tasks.py:2"),
+        ("import os\nos.environ['TOKEN']\n", r"KeyError: 'TOKEN', at .*/shop_tasks.py:2"),
+        (
+            "try:\n    int('x')\nexcept ValueError as error:\n    raise RuntimeError('no price, redis://:s3cret@host') from error\n",
+            r"RuntimeError: no price, redis://:\*{8}@host, at .*/shop_tasks.py:4\n  caused by ValueError: .*'x', at .*/shop_tasks.py:2",
+        ),
+    ],
+)
+def test_a_task_module_that_fails_is_told(broken: Site, tasks: str, told: str) -> None:
+    (broken.folder / "shop_tasks.py").write_text(tasks)
+    assert re.fullmatch(told, cli(broken, "check", status=1).stderr.strip())
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "told"),
+    [
+        ("shop:ap", GOOD, r"module shop has no attribute 'ap' \(did you mean app\?\)"),
+        ("shop.ap", GOOD, r"module shop has no attribute 'ap' \(did you mean app\?\)"),
+        ("shop:json", "import json\n" + GOOD, r"json of module shop is no Celery application \(did you mean app\?\)"),
+        ("shop", "", "module shop has no Celery application"),
+        ("shopp:app", GOOD, "ModuleNotFoundError: No module named 'shopp'.*"),
+        ("shop:app", "import os\nos.no_such_thing\n", "AttributeError: module 'os' has no attribute 'no_such_thing', at .*/shop.py:2"),
+        ("shop:app", "from celery import Nothing\n", "ImportError: cannot import name 'Nothing' from 'celery' .*, at .*/shop.py:1"),
+        (
+            "shop:app",
+            "from celery import Celery\napp = Celery('shop')\napp.config_from_object('settings')\n",
+            r"KeyError: 'SECRET', at .*/settings.py:2",
+        ),
+    ],
+)
+def test_an_application_that_is_not_there_is_told(broken: Site, name: str, source: str, told: str) -> None:
+    (broken.folder / "settings.py").write_text("import os\nsecret = os.environ['SECRET']\n")
+    broken.set(application=name)
+    broken.write(source)
+    for command in ("check", "config"):
+        assert re.fullmatch(told, cli(broken, command, status=1).stderr.strip())
+    assert re.search(told, broken.run("celery", "-A", "celery_platform.worker:app", "worker", check=False).stderr)
+
+
+def test_bad_settings_are_told_as_elsewhere(broken: Site) -> None:
+    broken.set(time_limit="soon")
+    assert "CELERY_PLATFORM_TIME_LIMIT" in cli(broken, "check", status=78).stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ('""', "django.core.exceptions.ImproperlyConfigured: The SECRET_KEY setting must not be empty."),
+        ('os.environ["SECRET_KEY"]', r"KeyError: 'SECRET_KEY', at .*/shop_settings.py:2"),
+        ('environ("SECRET_KEY")', r"django.core.exceptions.ImproperlyConfigured: Set SECRET_KEY, at .*/shop_settings.py:"),
+        ('"x" * 60', ""),
+    ],
+)
+def test_django_without_its_secret_key_is_told(broken: Site, key: str, told: str) -> None:
+    environ = (
+        "def environ(name):\n    from django.core.exceptions import ImproperlyConfigured\n    raise ImproperlyConfigured('Set ' + name)\n"
+    )
+    apps = 'INSTALLED_APPS = ["shop_app"]\n'
+    key_line = f"import os\nSECRET_KEY = {key}\n" if "environ(" not in key else f"{environ}SECRET_KEY = {key}\n"
+    (broken.folder / "shop_settings.py").write_text(key_line + apps)
+    app = broken.folder / "shop_app"
+    app.mkdir()
+    (app / "__init__.py").touch()
+    (app / "tasks.py").write_text("from celery import shared_task\n@shared_task\ndef lend():\n    pass\n")
+    broken.write(
+        "import os\nfrom celery import Celery\nos.environ['DJANGO_SETTINGS_MODULE'] = 'shop_settings'\n"
+        "app = Celery('shop')\napp.config_from_object('django.conf:settings', namespace='CELERY')\napp.autodiscover_tasks()\n"
+    )
+    run = cli(broken, "check", status=1 if told else 0)
+    assert re.match(told, run.stderr)
+    assert "not found" not in run.stderr
+    if not told:
+        assert run.stdout == "ok: 1 tasks of shop:app\n"
+        (app / "tasks.py").write_text("from shop_app import nothing\n")
+        assert "ImportError: cannot import name 'nothing'" in cli(broken, "check", status=1).stderr
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def queues(request: pytest.FixtureRequest, site: Site, redis_url: str) -> Site:
+    """A site with all that could be in a ping's way, on each broker."""
+    site.write("from celery import Celery\napp = Celery('shop')\napp.conf.task_ignore_result = True\n")
+    site.set(broker_url=f"{redis_url}/0", result_backend=f"{redis_url}/1", key_prefix="shop:", publish_timeout="2")
+    site.set(queues=json.dumps([{"name": "default"}, {"name": "critical", "priority": 9}, {"name": "batch"}]))
+    site.set(routes='{"*": {"queue": "batch", "priority": 1}}', breakers='{"*": {}}', rate_limits='{"*": "1/h"}', retry_tasks='["*"]')
+    site.set(encryption="on")
+    site.secret(encryption_keys=cli(site, "generate-key").stdout)
+    if request.param == "rabbitmq":
+        site.set(broker_url=request.getfixturevalue("rabbitmq")[0])
+        site.secret(broker_password="guest")
+    return site
+
+
+def test_each_queue_answers(queues: Site) -> None:
+    with queues.worker("--queues=default,critical"):
+        for _ in range(2):
+            run = cli(queues, "round-trip", "--timeout=2", status=1)
+            assert re.search(r"^default: \d+ ms$", run.stdout, re.MULTILINE)
+            assert re.search(r"^critical: \d+ ms$", run.stdout, re.MULTILINE)
+            assert "batch: no answer in 2 s" in run.stdout
+            assert "no answer from batch" in run.stderr
+    time.sleep(1)
+    # What came too late does nothing, and is no dead letter.
+    with queues.worker("--queues=default,critical,batch"):
+        assert cli(queues, "round-trip").stdout.count(" ms\n") == 3
+        app = queues.producer()
+        assert store_of(app).list() == []
+        assert "celery_platform.ping" not in cli(queues, "check").stdout
+
+
+def test_a_broker_that_is_away_is_told(queues: Site) -> None:
+    queues.set(broker_url="redis://127.0.0.1:1/0")
+    start = time.monotonic()
+    run = cli(queues, "round-trip", "--timeout=2", status=1)
+    assert "cannot be reached: Error 111 connecting to 127.0.0.1:1" in run.stderr
+    assert time.monotonic() - start < 8
+
+
+@pytest.mark.parametrize("queues", ["redis"], indirect=True)
+def test_without_a_result_backend_nothing_is_claimed(queues: Site) -> None:
+    del queues.environment["CELERY_PLATFORM_RESULT_BACKEND"]
+    assert cli(queues, "round-trip").stdout.count("sent; there is no result backend") == 3
