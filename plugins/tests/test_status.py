@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+
 from service_status import describe, judge, parse, plain
 from status import site_status
 
