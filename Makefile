@@ -2,13 +2,21 @@
 ENV  ?= quickstart
 ARGS ?=
 
+INVENTORY := inventories/$(ENV)
 VENV   := .venv
 BIN    := $(VENV)/bin
-PLAY   := $(BIN)/ansible-playbook -i inventories/$(ENV)
-LAB    := .lab/inventories-$(ENV)
+LAB    := .lab/$(subst /,-,$(INVENTORY))
+LOG    := $(LAB)/deploy.log
 SSH    := ssh -F $(LAB)/ssh_config
-WORKER  = $(shell $(BIN)/ansible -i inventories/$(ENV) --list-hosts 'celery_worker[0]' | awk 'END {print $$1}')
+WORKER  = $(shell $(BIN)/ansible -i $(INVENTORY) --list-hosts 'celery_worker[0]' | awk 'END {print $$1}')
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
+# A line for each part of a run, or, without parts, only what it shows; all else is in the log. No inventory has all groups.
+SHOW   := ANSIBLE_STDOUT_CALLBACK=progress ANSIBLE_HOST_PATTERN_MISMATCH=ignore
+ASK    := CELERY_PLATFORM_PARTS=no $(SHOW) $(BIN)/ansible-playbook -i $(INVENTORY)
+PLAY   := ANSIBLE_LOG_PATH=$(LOG) $(SHOW) $(BIN)/ansible-playbook -i $(INVENTORY)
+STARTED := $(shell date +%s)
+# Print a part as the callback plugin does: $(call part,name,start)
+part    = printf '%-52s %10s s\n' '$(1)' $$(($$(date +%s) - $(2)))
 
 .DEFAULT_GOAL := help
 .PHONY: help deploy demo status ssh secrets destroy test lint unit coverage molecule drills docs clean
@@ -17,32 +25,37 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "  ENV=<name> chooses inventories/<name> (now: $(ENV)); ARGS=… goes to ansible-playbook."
 
+# What was deployed is shown also if it does not work.
 deploy: $(VENV)/controller ## Set up everything in ENV; a lab environment's hosts are started on this machine
+	@install -d -m 0700 $(LAB) && install -m 0600 /dev/null $(LOG)
 	@$(PLAY) playbooks/lab.yml $(ARGS)
 	@$(PLAY) site.yml $(ARGS)
-	@if [ -f $(LAB)/ssh_config ]; then $(MAKE) --no-print-directory demo; fi
-	@$(MAKE) --no-print-directory status
-	@echo
-	@echo "What to type next:"
-	@if [ -f $(LAB)/ssh_config ]; then echo "  make ssh ENV=$(ENV)          a shell on $(WORKER); there: celery-exec celery inspect active"; fi
-	@echo "  make deploy ENV=$(ENV)       again, after a change in inventories/$(ENV)"
-	@if [ -f $(LAB)/ssh_config ]; then echo "  make destroy ENV=$(ENV)      remove the lab's hosts"; fi
+	@wrong=0; echo; \
+	  if [ -f $(LAB)/ssh_config ]; then $(ASK) playbooks/operations/demo.yml $(ARGS) || wrong=1; echo; fi; \
+	  $(ASK) playbooks/operations/status.yml $(ARGS) || wrong=1; \
+	  echo; echo "What to type next:"; \
+	  if [ -f $(LAB)/ssh_config ]; then echo "  make ssh ENV=$(ENV)          a shell on $(WORKER); there: celery-exec celery inspect active"; fi; \
+	  echo "  make deploy ENV=$(ENV)       again, after a change in $(INVENTORY)"; \
+	  if [ -f $(LAB)/ssh_config ]; then echo "  make destroy ENV=$(ENV)      remove the lab's hosts"; fi; \
+	  seconds=$$(($$(date +%s) - $(STARTED))); echo; \
+	  echo "Deployed in $$((seconds / 60)) min $$((seconds % 60)) s. All that Ansible said: $(LOG)"; exit $$wrong
 
-demo: $(VENV)/controller ## Send tasks to all queues of the example application and show their results
-	@echo; echo "Sending tasks to all queues:"
-	@if [ -t 1 ]; then tty=-tt; fi; $(SSH) -q $$tty $(WORKER) celery-exec python -m orders.demo
+demo: $(VENV)/controller ## Send tasks through all queues and show their results
+	@$(ASK) playbooks/operations/demo.yml $(ARGS)
 
-status: $(VENV)/controller ## Show what runs where
-	@$(PLAY) playbooks/operations/status.yml $(ARGS)
+status: $(VENV)/controller ## Show what runs where and what waits; fail if something is wrong
+	@$(ASK) playbooks/operations/status.yml $(ARGS)
 
 ssh: ## Open a shell on a lab host (HOST=…)
+	@[ -f $(LAB)/ssh_config ] || { echo "No lab of $(INVENTORY) runs on this machine: make deploy ENV=$(ENV)" >&2; exit 1; }
 	@$(SSH) $(or $(HOST),$(WORKER))
 
 secrets: $(VENV)/controller ## Write random values for the secrets that ENV lacks; encrypt them with ansible-vault
-	@$(PLAY) playbooks/operations/generate_secrets.yml $(ARGS)
+	@$(ASK) playbooks/operations/generate_secrets.yml $(ARGS)
 
 destroy: $(VENV)/controller ## Remove the lab hosts of ENV
-	@$(PLAY) playbooks/lab.yml -e lab_state=absent
+	@$(SHOW) $(BIN)/ansible-playbook -i localhost, playbooks/lab.yml \
+	  -e lab_state=absent -e lab_inventory=$(abspath $(INVENTORY)) $(ARGS)
 
 test: lint unit molecule ## Everything that .ci/run runs
 
@@ -80,14 +93,20 @@ drills: $(VENV)/test ## Break a lab of six hosts again and again under a stream 
 docs: $(VENV)/test ## Write the variables' tables in the roles' READMEs
 	@for role in roles/*/; do $(BIN)/aar-doc --output-template docs/role-variables.md.j2 $$role markdown; done
 
-clean: destroy ## Remove the lab hosts of ENV, their images, the virtual environment and all caches
-	podman image rm --force $$(podman images --quiet --filter reference='localhost/celery-lab*')
+# Other checkouts may use an image that was built here: it is kept as long as one of their hosts does.
+clean: $(VENV)/controller ## Remove all labs of this checkout, the images it built, the virtual environment and all caches
+	@if command -v podman >/dev/null; then \
+	  podman ps --all --filter label=celery-lab --format '{{index .Labels "celery-lab"}}' | sort -u | grep '^$(CURDIR)/' | \
+	    while read -r inventory; do $(MAKE) --no-print-directory destroy INVENTORY=$$inventory </dev/null || exit; done || exit; \
+	  for image in $$(podman images --quiet --filter label=celery-lab-built-by=$(CURDIR) | sort -u); do \
+	    podman image rm $$image >/dev/null 2>&1 || echo "Kept the image $$image, which another checkout's lab uses."; done; fi
 	rm -rf $(VENV) .lab .ansible .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/controller: requirements.txt
 	@test -x $(BIN)/python || python3 -m venv $(VENV)
 	@echo "Installing Ansible into $(VENV) …"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(call part,Install Ansible on this machine,$(STARTED))
 	@touch $@
 
 $(VENV)/test: requirements-test.txt $(VENV)/controller

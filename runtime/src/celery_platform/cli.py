@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from celery_platform import application, configuration
+from celery_platform import application, configuration, queue_status
 from celery_platform.dead_letters import REASONS, DeadLetter, Letters, Store, StoreError, store_of
 from celery_platform.settings import MASK, PREFIX, BadSettings, Settings, is_secret, load_settings
 
@@ -328,6 +328,8 @@ def move_tasks(url: str) -> None:
     if not brought:
         click.echo("nothing to bring")
 
+
+main.add_command(queue_status.queues)
 
 # --- metrics ---
 
