@@ -5,12 +5,13 @@ An encrypted vault.yml stays encrypted, under its vault ID. What it holds alread
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
 import string
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,18 @@ def random_secret() -> str:
     return "".join(secrets.choice(CHARACTERS) for _ in range(LENGTH))
 
 
-def filled(text: str, names: Iterable[str]) -> str:
-    """Return the text of a YAML file with a random value for each name: on its line `name:`, or in a line at the end.
+def filled(text: str, values: Mapping[str, Any]) -> str:
+    """Return the text of a YAML file with a value for each name: on its line `name:`, or in a line at the end.
 
     Raises:
         ValueError: if the file is written in a way that lines cannot be added to (`{a: 1}`, or a `...` at its end).
     """
-    before, names = read(text), list(names)
-    for name in names:
-        line = f"{name}: {random_secret()}"
+    before = read(text)
+    for name, value in values.items():
+        line = f"{name}: {value if yaml.safe_load(str(value)) == value else json.dumps(value)}"
         # A comment on the line stays.
-        text, found = re.subn(rf"^{re.escape(name)}:[ \t]*?([ \t]*#.*)?$", rf"{line}\1", text, count=1, flags=re.MULTILINE)
+        bare = re.compile(rf"^{re.escape(name)}:[ \t]*?(?=$|[ \t]*#)", re.MULTILINE)
+        text, found = bare.subn(line.replace("\\", "\\\\"), text, count=1)
         if not found:
             text = text if text.endswith("\n") or not text else f"{text}\n"
             text = f"{text}{line}\n"
@@ -72,9 +74,8 @@ def filled(text: str, names: Iterable[str]) -> str:
         after = read(text)
     except ValueError:
         after = {}
-    added = {name: after.get(name) for name in names}
-    if after != before | added or not all(isinstance(value, str) and len(value) == LENGTH for value in added.values()):
-        raise ValueError(f"is not written as lines `name: value`; add these yourself: {', '.join(names)}")
+    if after != before | values:
+        raise ValueError(f"is not written as lines `name: value`; add these yourself: {', '.join(values)}")
     return text
 
 
@@ -110,8 +111,9 @@ def replace(path: Path, content: bytes) -> None:
 class ActionModule(ActionBase):
     """Argument: `inventory`, the folder of an inventory with group_vars/all/vault.yml.example.
 
-    Each name there without a value is a secret. Those that neither vault.yml nor another file of the inventory sets
-    are added to vault.yml. A new vault.yml begins as a copy of the example, and is encrypted if a vault password was given.
+    Names of it that neither vault.yml nor another file of the inventory sets are added to vault.yml: with the example's value,
+    or a random one where it has none. A new vault.yml begins as a copy of the example, and is encrypted if a vault password was
+    given.
     """
 
     _requires_connection = False
@@ -127,7 +129,7 @@ class ActionModule(ActionBase):
 
         library = VaultLib(self._loader._vault.secrets)
         text = example.read_text()
-        wanted = [name for name, value in self._read(example, text).items() if value is None]
+        wanted = self._read(example, text)
         encrypt: dict[str, Any] | None = None
         if vault.exists():
             content = vault.read_bytes()
@@ -137,13 +139,13 @@ class ActionModule(ActionBase):
         elif library.secrets:
             encrypt = self._secret_for_new_file(library.secrets)
 
-        missing = [name for name, value in self._read(vault, text).items() if name in wanted and value is None]
-        missing += [name for name in wanted if name not in self._read(vault, text)]
+        present = self._read(vault, text)
         elsewhere = self._names_elsewhere(library, folder, vault)
-        missing = [name for name in missing if name not in elsewhere]
+        missing = [name for name in wanted if present.get(name) is None and name not in elsewhere]
         if missing and not self._task.check_mode:
+            values = {name: random_secret() if wanted[name] is None else wanted[name] for name in missing}
             try:
-                content = filled(text, missing).encode()
+                content = filled(text, values).encode()
             except ValueError as error:
                 raise AnsibleActionFail(f"{vault} {error}") from None
             replace(vault, library.encrypt(content, **encrypt) if encrypt else content)

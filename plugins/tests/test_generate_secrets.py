@@ -17,6 +17,7 @@ import generate_secrets
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 EXAMPLE = "---\n# Names of secrets.\nvault_one:\nvault_two: # the second\nvault_webhook: https://hooks.example.org/services\n"
+VALUE = "nX7cY2pK9mQ4wL8vD3fG6hJ1"
 PRESENT = "---\n# Mine.\nvault_one: kept-as-it-is # really\n"
 
 
@@ -103,7 +104,9 @@ def test_an_encrypted_file_stays_encrypted_with_its_vault_id(inventory: Path, en
     assert vault(inventory).stat().st_mode & 0o777 == 0o640
     text = ansible_vault("view", "--vault-id", encrypted_with, vault(inventory), folder=inventory.parent)
     assert text.startswith(PRESENT + "vault_two: ")
-    assert set(yaml.safe_load(text)) == {"vault_one", "vault_two"}
+    # The example's own value, where it has one.
+    assert text.endswith("\nvault_webhook: https://hooks.example.org/services\n")
+    assert set(yaml.safe_load(text)) == {"vault_one", "vault_two", "vault_webhook"}
     assert "vault_two" in output
     assert yaml.safe_load(text)["vault_two"] not in output
 
@@ -172,7 +175,7 @@ def test_a_new_file_is_encrypted_if_a_password_is_given(inventory: Path) -> None
 def test_values_that_are_encrypted_one_by_one_and_names_of_other_files_stay(inventory: Path) -> None:
     inline = ansible_vault("encrypt_string", "--vault-id", "prod@first", "--name", "vault_one", "x", folder=inventory.parent)
     vault(inventory).write_text(inline)
-    (inventory / "group_vars/redis.yml").write_text("vault_two: set elsewhere\n")
+    (inventory / "group_vars/redis.yml").write_text("vault_two: set elsewhere\nvault_webhook: here, too\n")
     assert make_secrets(inventory)[0] == 0
     assert vault(inventory).read_text() == inline
 
@@ -191,25 +194,30 @@ def test_values_that_are_encrypted_one_by_one_and_names_of_other_files_stay(inve
     ],
 )
 def test_lines_that_are_there_stay(text: str, kept: str) -> None:
-    result = generate_secrets.filled(text, ["vault_two"])
+    result = generate_secrets.filled(text, {"vault_two": VALUE})
 
     assert result.startswith(f"{kept}vault_two: ")
-    assert len(result) == len(kept) + len("vault_two: \n") + generate_secrets.LENGTH
+    assert len(result) == len(kept) + len(f"vault_two: {VALUE}\n")
 
 
 def test_a_name_without_value_gets_one_in_its_line() -> None:
-    lines = generate_secrets.filled("vault_one:\nvault_two:   # second\nvault_three: x\n", ["vault_one", "vault_two"]).splitlines()
+    text = "vault_one:\nvault_two:   # second\nvault_three: x\n"
 
-    assert [line[: line.index(":")] for line in lines] == ["vault_one", "vault_two", "vault_three"]
-    assert len(lines[0]) == len("vault_one: ") + generate_secrets.LENGTH
-    assert lines[1].endswith("   # second")
-    assert lines[2] == "vault_three: x"
+    assert generate_secrets.filled(text, {"vault_one": VALUE, "vault_two": VALUE}) == (
+        f"vault_one: {VALUE}\nvault_two: {VALUE}   # second\nvault_three: x\n"
+    )
+
+
+@pytest.mark.parametrize("value", ["", "https://example.org/a#b", "a: b", "yes", "12", "a\\1 # b", 'quoted "x"', VALUE])
+def test_a_value_is_written_as_what_it_is(value: str) -> None:
+    for text in ("", "vault_one:\n"):
+        assert yaml.safe_load(generate_secrets.filled(text, {"vault_one": value})) == {"vault_one": value}
 
 
 @pytest.mark.parametrize("text", ["{vault_one: x}\n", "vault_one: x\n...\n", "--- {vault_one: x}\n"])
 def test_a_file_that_lines_cannot_be_added_to_is_left_as_it_is(text: str) -> None:
     with pytest.raises(ValueError, match="add these yourself: vault_two"):
-        generate_secrets.filled(text, ["vault_two"])
+        generate_secrets.filled(text, {"vault_two": VALUE})
 
 
 def test_an_error_in_the_file_does_not_show_its_secrets(inventory: Path) -> None:
