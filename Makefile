@@ -51,7 +51,8 @@ ssh: ## Open a shell on a lab host (HOST=…)
 	@$(SSH) $(or $(HOST),$(WORKER))
 
 secrets: $(VENV)/controller ## Write random values for the secrets that ENV lacks; encrypt them with ansible-vault
-	@$(ASK) playbooks/operations/generate_secrets.yml $(ARGS)
+	@test -d inventories/$(ENV) || { echo "There is no inventories/$(ENV)." >&2; exit 2; }
+	@$(BIN)/ansible-playbook -i localhost, playbooks/operations/generate_secrets.yml -e secrets_inventory=$(CURDIR)/inventories/$(ENV) $(ARGS)
 
 destroy: $(VENV)/controller ## Remove the lab hosts of ENV
 	@$(SHOW) $(BIN)/ansible-playbook -i localhost, playbooks/lab.yml \

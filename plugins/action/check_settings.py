@@ -243,7 +243,8 @@ class ActionModule(ActionBase):
     def _unreadable(self, name: str, error: AnsibleError) -> str:
         """Return the problem of a variable that cannot be templated, laid on the variable at the bottom of it."""
         if missing := re.search(r"'(\w+)' is undefined", str(error)):
-            return self._problem(missing[1], "is not set", self._allowed(missing[1]))
+            # Of a variable of the vault, what the setting that it is for may hold.
+            return self._problem(missing[1], "is not set", self._allowed(missing[1] if SECRET_NAME.search(missing[1]) else name))
         for reference in re.findall(r"\w+", str(self._raw(name))):
             if reference != name and reference in self._vars:
                 try:

@@ -7,8 +7,10 @@ DOCUMENTATION = r"""
 module: celery_release
 short_description: Pack a Celery application and the runtime package into one release archive
 description:
-  - Runs on the controller. The same input gives the same archive, byte for byte, so that its
+  - Runs on the controller, with git. The same input gives the same archive, byte for byte, so that its
     hash can name the release.
+  - Of folders, it packs what git would keep, whether they are in a repository or not. What a .gitignore names, and git does not
+    track, stays here.
 options:
   source:
     description: Folder or wheel of the application.
@@ -49,12 +51,16 @@ unpinned:
   type: list
 """
 
+import contextlib
 import fnmatch
 import gzip
 import hashlib
 import io
+import os
 import re
+import subprocess
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,19 +76,75 @@ ALWAYS_EXCLUDED = (
 )  # fmt: skip
 
 
+def git(folder: Path, *arguments: str | Path) -> list[str]:
+    """Return what a git command prints about a folder, split at its NUL characters.
+
+    Raises:
+        OSError: if there is no git, or it fails.
+    """
+    # Called from a hook, git would have named another repository in these. The folder may be another user's; no program that
+    # its settings name is run.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment |= {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"}
+    command: list[str | Path] = ["git", "-C", folder, "-c", "safe.directory=*", "-c", "core.fsmonitor=false", *arguments]
+    completed = subprocess.run(command, env=environment, capture_output=True, check=False)  # noqa: S603
+    if completed.returncode:
+        raise OSError(f"git in {folder}: {os.fsdecode(completed.stderr).strip()}")
+    return [name for name in os.fsdecode(completed.stdout).split("\0") if name]
+
+
+def names_of(folder: Path) -> set[str]:
+    """Return the names, relative to a folder, of what git would keep of it; a repository in it has a `/` at its end.
+
+    That is all that is tracked, and all else that no .gitignore names. In a folder that is in no repository, or that the
+    repository around it ignores as a whole, only the folder's own .gitignore files count.
+
+    Raises:
+        OSError: if there is no git, or it fails.
+    """
+    others = ("ls-files", "-z", "--others", "--exclude-standard")
+    try:
+        # Without a work tree around it, git fails.
+        top, _, prefix = git(folder, "rev-parse", "--show-toplevel", "--show-prefix")[0].rstrip("\n").partition("\n")
+    except OSError as error:
+        if "not a git repository" not in str(error) and "must be run in a work tree" not in str(error):
+            raise
+        top = prefix = ""
+    if prefix:
+        with contextlib.suppress(OSError):
+            git(Path(top), "check-ignore", "--quiet", "--", prefix.rstrip("/"))
+            top = ""
+    if not top:
+        with tempfile.TemporaryDirectory() as empty:
+            git(folder, "init", "--quiet", "--bare", empty)
+            return set(git(folder, f"--git-dir={empty}", "--work-tree=.", *others))
+    tracked = [entry.partition("\t") for entry in git(folder, "ls-files", "-z", "--stage")]
+    return {f"{name}/" if mode.startswith("160000") else name for mode, _, name in tracked} | set(git(folder, *others))
+
+
 def files_of(folder: Path, exclude: tuple[str, ...]) -> Iterator[Path]:
-    """Yield the files and links below a folder in a fixed order, without what is excluded.
+    """Yield the files and links of a folder that git would keep, in a fixed order, without what is excluded.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
+        OSError: if git cannot tell what is in it.
     """
-    for entry in sorted(folder.iterdir()):
-        if any(fnmatch.fnmatch(entry.name, pattern) for pattern in exclude):
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    for name in sorted(names_of(folder), key=lambda name: name.split("/")):
+        path, parts = folder / name, Path(name).parts
+        if any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in exclude):
             continue
-        if entry.is_dir() and not entry.is_symlink():
-            yield from files_of(entry, exclude)
-        elif entry.is_file() or entry.is_symlink():
-            yield entry
+        # Tracked, but replaced by a link to elsewhere.
+        if any(parent.is_symlink() for parent in list(path.parents)[: len(parts) - 1]):
+            continue
+        if not name.endswith("/"):
+            if path.is_file() or path.is_symlink():
+                yield path
+        elif (path / ".git").exists():
+            yield from files_of(path, exclude)
+        elif path.exists():
+            raise OSError(f"the submodule {path} is not checked out: git -C {folder} submodule update --init --recursive")
 
 
 def requirement_lines(text: str) -> Iterator[str]:

@@ -142,6 +142,135 @@ def test_the_executable_bit_and_links_are_kept(source: Path, runtime: Path) -> N
     assert "app/to_folder/a" not in members
 
 
+# --- What git would keep ---
+
+
+def git(folder: Path, *arguments: str) -> None:
+    who = ["-c", "user.name=tests", "-c", "user.email=tests@localhost", "-c", "protocol.file.allow=always"]
+    subprocess.run(["git", "-C", folder, *who, *arguments], check=True, capture_output=True)
+
+
+def commit(folder: Path) -> None:
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all", "--force")
+    git(folder, "commit", "--quiet", "--message", "x")
+
+
+IGNORED = {
+    ".gitignore": "*.sql\n/build/\n!keep.sql\n",
+    "dump.sql": "x",
+    "build/a": "x",
+    "shop/.gitignore": "local.py\n",
+    "shop/local.py": "x",
+}
+KEPT = {"keep.sql": "x", "notes.txt": "x", "shop/new.py": "x"}
+
+
+@pytest.mark.parametrize("where", ["repository", "folder of a repository", "no repository", "ignored folder of a repository"])
+def test_what_a_gitignore_names_is_not_deployed(tmp_path: Path, source: Path, runtime: Path, where: str) -> None:
+    if where == "repository":
+        commit(source)
+    elif where != "no repository":
+        commit(tmp_path)
+    if where == "ignored folder of a repository":
+        git(tmp_path, "rm", "--quiet", "-r", "--cached", "shop")
+        write(tmp_path, {".gitignore": "/shop/\n"})
+    before = set(opened(packed(source, runtime)))
+    write(source, IGNORED | KEPT)
+
+    assert set(opened(packed(source, runtime))) - before == {f"app/{name}" for name in (*KEPT, ".gitignore", "shop/.gitignore")}
+
+
+def test_what_git_tracks_is_deployed_though_it_is_ignored_but_no_secrets(source: Path, runtime: Path) -> None:
+    write(source, IGNORED | {".env": "PASSWORD=x", "shop/gone.py": "x"})
+    commit(source)
+    (source / "shop/gone.py").unlink()
+
+    names = set(opened(packed(source, runtime)))
+
+    assert {"app/dump.sql", "app/build/a", "app/shop/local.py"} < names
+    assert not names & {"app/.env", "app/shop/gone.py"}
+
+
+def test_a_repository_and_a_copy_of_it_are_the_same_release(tmp_path: Path, source: Path, runtime: Path) -> None:
+    write(source, {".gitignore": "*.sql\n", "run.sh": "x", "shop-a/b": "", "shop.py": "", "shop/é.txt": ""})
+    before = packed(source, runtime)
+    commit(source)
+    assert packed(source, runtime) == before
+
+    git(tmp_path, "clone", "--quiet", str(source), "clone")
+    assert packed(tmp_path / "clone", runtime) == before
+
+
+@pytest.mark.parametrize("variable", ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"])
+def test_a_deployment_from_a_hook_packs_its_own_source(
+    tmp_path: Path, source: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    commit(source)
+    before = packed(source, runtime)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv(variable, str(tmp_path / "elsewhere"))
+
+    assert packed(source, runtime) == before
+
+
+def test_submodules_and_repositories_inside_are_part_of_it(tmp_path: Path, source: Path, runtime: Path) -> None:
+    commit(write(tmp_path / "lib", {"lib.py": "x", ".gitignore": "*.log\n"}))
+    commit(source)
+    git(source, "submodule", "--quiet", "add", str(tmp_path / "lib"), "vendor/lib")
+    commit(source)
+    commit(write(source / "inner", {"inner.py": "x"}))
+    write(source, {"vendor/lib/a.log": "x", "vendor/lib/new.py": "x"})
+
+    names = set(opened(packed(source, runtime)))
+
+    assert {"app/vendor/lib/lib.py", "app/vendor/lib/new.py", "app/inner/inner.py"} < names
+    assert not [name for name in names if name.endswith((".log", ".git")) or ".git/" in name]
+
+    git(tmp_path, "clone", "--quiet", str(source), "clone")
+    with pytest.raises(OSError, match="submodule update --init"):
+        packed(tmp_path / "clone", runtime)
+    assert "app/shop/tasks.py" in opened(packed(tmp_path / "clone", runtime, exclude=("vendor",)))
+
+
+def test_a_tracked_folder_that_became_a_link_is_a_link(tmp_path: Path, source: Path, runtime: Path) -> None:
+    write(source, {"data/a": "x", "real/a": "y"})
+    commit(source)
+    (source / "data/a").unlink()
+    (source / "data").rmdir()
+    (source / "data").symlink_to("real")
+
+    members = opened(packed(source, runtime))
+
+    assert members["app/data"].issym()
+    assert "app/data/a" not in members
+
+
+def test_a_program_that_a_repository_names_is_not_run(tmp_path: Path, source: Path, runtime: Path) -> None:
+    commit(source)
+    write(tmp_path, {"monitor": f"#!/bin/sh\ntouch {tmp_path}/ran\n"})
+    (tmp_path / "monitor").chmod(0o755)
+    git(source, "config", "core.fsmonitor", str(tmp_path / "monitor"))
+    subprocess.run(["git", "-C", source, "ls-files", "--others"], check=True, capture_output=True)
+    ran = (tmp_path / "ran").exists()
+    (tmp_path / "ran").unlink(missing_ok=True)
+    packed(source, runtime)
+
+    assert ran, "git itself runs it"
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to another user")
+def test_a_repository_of_another_user(source: Path, runtime: Path) -> None:
+    write(source, {".gitignore": "*.sql\n", "dump.sql": "x"})
+    commit(source)
+    git(source, "rm", "--quiet", "--cached", "dump.sql")
+    for path in (source, *source.rglob("*")):
+        os.lchown(path, 65534, 65534)
+
+    assert "app/dump.sql" not in opened(packed(source, runtime))
+
+
 # --- The same input is the same release ---
 
 

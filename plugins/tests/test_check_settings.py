@@ -537,7 +537,7 @@ MONITORED = {
     ],
     "celery_monitor_redis_password": "{{ vault_redis_requirepass }}",
     "monitoring_proxy_users": [{"name": "operator", "password": "{{ vault_redis_requirepass }}"}],
-    "alertmanager_webhook": "https://hooks.example.org/services/T0/B0/x",
+    "alertmanager_webhook": "https://hooks.slack.com/services/T0/B0/x",
 }
 
 
@@ -584,7 +584,7 @@ def test_monitoring_that_cannot_work_stops_the_run(
 
 
 def test_a_wrong_webhook_is_not_shown(judge: Judge) -> None:
-    result = judge(MONITORED | {"alertmanager_webhook": "hooks.example.org/T0/B0/Zq8vT3nB6yH1kW5r"}, monitoring_hosts=("one",))
+    result = judge(MONITORED | {"alertmanager_webhook": "hooks.slack.com/T0/B0/Zq8vT3nB6yH1kW5r"}, monitoring_hosts=("one",))
 
     assert "https://…" in result.about("alertmanager_webhook").allowed
     assert "Zq8vT3nB6yH1kW5r" not in result.output
