@@ -10,18 +10,22 @@ description:
   - Creates the folder, and writes the files whose text differs. One run for all of them, where M(ansible.builtin.copy) has one
     or two for each.
 options:
-  folder: {description: The folder. Those above it must exist., type: path, required: true}
+  folder: {description: The folder. Those above it are created if they do not exist., type: path, required: true}
   files: {description: "The files: text by name.", type: dict, required: true}
   directory_mode: {description: The folder's permissions., type: raw, default: "0755"}
   only: {description: "Remove the folder's other files; folders in it stay.", type: bool, default: false}
 extends_documentation_fragment: [files]
 """
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+
+#: No folders, hidden files or things that are not names.
+NAME = r"[\w-][\w.-]*"
 
 
 def text_of(path: Path) -> str | None:
@@ -57,8 +61,10 @@ def main() -> None:
         supports_check_mode=True,
     )
     folder, files = Path(module.params["folder"]), module.params["files"]
-    if strange := [name for name, text in files.items() if Path(name).name != name or not isinstance(text, str)]:
+    if strange := [name for name, text in files.items() if not re.fullmatch(NAME, name) or not isinstance(text, str)]:
         module.fail_json(msg=f"files must have texts by name, without folders: {', '.join(map(repr, strange))}")
+    if not files:
+        module.fail_json(msg="files must have at least one")
     for name in ("", *files):
         if (folder / name).exists() and (folder / name).is_dir() != (name == ""):
             module.fail_json(msg=f"{folder / name} is {'no' if name == '' else 'a'} folder")
@@ -66,7 +72,7 @@ def main() -> None:
     differing = differences(folder, files, module.params["only"])
     changed = bool(differing) or not folder.exists()
     if not module.check_mode:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for name, (_, after) in differing.items():
             (folder / name).unlink() if after is None else write(module, folder / name, after)
 
