@@ -49,6 +49,17 @@ class Browser:
         self.driver.get("about:blank")
         self.driver.get(self.address + path)
 
+    def resize(self, width: int) -> None:
+        """Give the window a width in pixels, as a screen or a phone has it."""
+        self.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        )
+
+    def allow_clipboard(self) -> None:
+        """Let pages read the clipboard, which a test compares with."""
+        permission = {"origin": self.address, "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+        self.driver.execute_cdp_cmd("Browser.grantPermissions", permission)
+
     def find(self, selector: str) -> list[WebElement]:
         """Return what a CSS selector finds."""
         return self.driver.find_elements(By.CSS_SELECTOR, selector)

@@ -14,11 +14,12 @@ import yaml
 from celery import Celery
 from flower.app import Flower
 from flower.options import default_options
-from runbooks import RunbookError, runbook_pages
 from tornado.httpclient import AsyncHTTPClient
 from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
 from tornado.testing import bind_unused_port
+
+from runbooks import RunbookError, runbook_pages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROXY = REPOSITORY / "roles/monitoring_proxy"
@@ -158,7 +159,10 @@ def test_code_stays_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("Severity: page.\n", r"RedisDown\.md does not begin with a title"), ("# A\n\n[x](Gone.md)\n", r"links to Gone\.md, which does not exist")],
+    [
+        ("Severity: page.\n", r"RedisDown\.md does not begin with a title"),
+        ("# A\n\n[x](Gone.md)\n", r"links to Gone\.md, which does not exist"),
+    ],
 )
 def test_a_runbook_that_cannot_be_rendered_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RunbookError, match=message):

@@ -22,7 +22,9 @@ def run(folder: Path, files: Any, check: bool = False, **options: Any) -> dict[s
         "import runpy, sys; from ansible.module_utils import basic; basic._ANSIBLE_ARGS = sys.stdin.buffer.read(); "
         f"basic._ANSIBLE_PROFILE = 'legacy'; runpy.run_path({str(module)!r}, run_name='__main__')"
     )
-    done = subprocess.run([sys.executable, "-c", code], input=json.dumps({"ANSIBLE_MODULE_ARGS": arguments}), text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps({"ANSIBLE_MODULE_ARGS": arguments}), text=True, capture_output=True
+    )
     assert done.stdout.strip(), done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer

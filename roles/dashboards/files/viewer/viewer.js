@@ -209,7 +209,7 @@ async function draw() {
 async function variables() {
   $("variables").replaceChildren();
   for (const variable of current.templating.list.filter(({ type }) => type === "query")) {
-    const [, metric, label] = variable.definition.match(/^label_values\((\w+), (\w+)\)$/);
+    const [, metric, label] = variable.query.query.match(/^label_values\((\w+), (\w+)\)$/);
     const select = element("select");
     select.title = select.ariaLabel = variable.label;
     select.append(new Option(`all ${variable.label.toLowerCase()}s`, ".*"));
