@@ -102,7 +102,7 @@ def test_each_alert_says_what_it_means_and_what_to_do(tmp_path: Path) -> None:
         assert rule["labels"]["severity"] in (("none",) if name == "Watchdog" else ("page", "ticket")), name
         assert "for" in rule, name
         assert rule["annotations"].keys() == {"summary", "description", "runbook_url"}, name
-        assert rule["annotations"]["runbook_url"] == f"{SITE['prometheus_runbook_url']}/{name}.md"
+        assert rule["annotations"]["runbook_url"] == f"{SITE['prometheus_runbook_url']}/{name}.html"
 
 
 def test_each_for_duration_is_argued() -> None:

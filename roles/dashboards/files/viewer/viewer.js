@@ -161,45 +161,57 @@ function time(value) {
   return $("range").value > 86400 ? moment.toLocaleDateString([], { day: "numeric", month: "short" }) : clock;
 }
 
+// A row whose panels are all empty is of a broker that the site does not have: one that is down still has its targets.
+function place(drawn) {
+  const rows = [];
+  for (const one of drawn) {
+    if (one.panel.type === "row" || !rows.length) rows.push([]);
+    rows.at(-1).push(one);
+  }
+  let saved = 0;
+  return rows.flatMap((row) => {
+    const left = row[0].panel.type === "row" && row.slice(1).every(({ empty }) => empty);
+    for (const { section, panel: { gridPos: { x, y, w, h } } } of row) section.style.gridArea = `${y - saved + 1} / ${x + 1} / span ${h} / span ${w}`;
+    if (left) saved += Math.max(...row.map(({ panel: { gridPos: { y, h } } }) => y + h)) - row[0].panel.gridPos.y;
+    return left ? [] : row;
+  });
+}
+
 async function draw() {
   const wrong = [];
-  const empty = [];
   const old = charts.map(([, , chart]) => chart);
   charts = [];
-  const sections = await Promise.all(current.panels.map(async (panel) => {
+  const drawn = await Promise.all(current.panels.map(async (panel) => {
     const section = element("section", undefined, panel.type);
-    const { x, y, w, h } = panel.gridPos;
-    section.style.gridArea = `${y + 1} / ${x + 1} / span ${h} / span ${w}`;
+    let empty = false;
     const title = element("h2", panel.title);
     title.title = panel.description ?? "";
     section.append(title);
     try {
-      const drawn = await DRAW[panel.type](panel);
-      if (!drawn.length && panel.type !== "row") {
-        empty.push(panel.title);
-        drawn.push(element("div", "No data", "none"));
-      }
-      section.append(...drawn);
+      const content = await DRAW[panel.type](panel);
+      empty = !content.length && panel.type !== "row";
+      section.append(...(empty ? [element("div", "No data", "none")] : content));
     } catch (error) {
       wrong.push(`${panel.title}: ${error.message}`);
       section.append(element("div", error.message, "none"));
     }
-    return section;
+    return { panel, section, empty };
   }));
-  $("panels").replaceChildren(...sections);
+  const shown = place(drawn);
+  $("panels").replaceChildren(...shown.map(({ section }) => section));
   old.forEach((chart) => chart.destroy());
   charts.forEach((entry) => entry.push(new Chart(entry[0], entry[1])));
   $("state").classList.toggle("wrong", wrong.length > 0);
   $("state").textContent = wrong.length ? wrong[0] : `as of ${new Date().toLocaleTimeString([], { hour12: false })}`;
-  document.body.dataset.drawn = JSON.stringify({ panels: sections.length, empty, wrong });
+  document.body.dataset.drawn = JSON.stringify({ panels: shown.length, empty: shown.filter(({ empty }) => empty).map(({ panel }) => panel.title), wrong });
 }
 
 async function variables() {
   $("variables").replaceChildren();
   for (const variable of current.templating.list.filter(({ type }) => type === "query")) {
-    const [, metric, label] = variable.definition.match(/^label_values\((\w+), (\w+)\)$/);
+    const [, metric, label] = variable.query.query.match(/^label_values\((\w+), (\w+)\)$/);
     const select = element("select");
-    select.title = variable.label;
+    select.title = select.ariaLabel = variable.label;
     select.append(new Option(`all ${variable.label.toLowerCase()}s`, ".*"));
     for (const value of await ask(`label/${label}/values`, { "match[]": metric })) select.append(new Option(value, value));
     chosen[variable.name] = ".*";
@@ -209,7 +221,7 @@ async function variables() {
 }
 
 async function open() {
-  const wanted = location.hash.slice(1) || DASHBOARDS[0];
+  const wanted = DASHBOARDS.find((dashboard) => location.hash === "#" + dashboard) ?? DASHBOARDS[0];
   current = await (await fetch(`${wanted}.json`)).json();
   document.title = current.title;
   document.querySelectorAll("nav a").forEach((link) => link.classList.toggle("here", link.hash === "#" + wanted));
