@@ -76,7 +76,7 @@ def test_sentinel_gets_its_own_password_and_tls(environment: Environment) -> Non
     config = broker.celery_config(load_settings())
 
     for options in (config["broker_transport_options"], config["result_backend_transport_options"]):
-        assert options["master_name"] == "mymaster"
+        assert options["master_name"] == "celery"
         assert options["global_keyprefix"] == "shop:"
         assert options["sentinel_kwargs"]["password"] == "spw"
         assert options["sentinel_kwargs"]["ssl"] is True

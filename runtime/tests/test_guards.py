@@ -170,7 +170,7 @@ def test_a_countdown_to_an_unknown_exchange_is_an_error_for_the_sender(rabbitmq:
 def test_who_may_not_declare_may_still_delay(rabbitmq: RabbitMQ) -> None:
     url, control = rabbitmq
     guards.declare_delays(guarded(broker_url=url, queues=["default"]))
-    # As research/celery.md, 3.4, has it for producers.
+    # What a producer is permitted at least.
     control("set_permissions", "guest", "^$", "^celery_delayed_27$", "^$")
     app = guarded(broker_url=url, queues=["default"], publish_timeout=1)
     app.conf.task_send_sent_event = False

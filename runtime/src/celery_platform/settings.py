@@ -89,7 +89,7 @@ class Settings(BaseSettings):
     result_backend: str | None = None
     result_backend_password: SecretStr | None = None
     #: Name that Sentinel gives the master, and the user (None: `default`) and password of Sentinel itself.
-    sentinel_master: str = "mymaster"
+    sentinel_master: str = "celery"
     sentinel_user: str | None = None
     sentinel_password: SecretStr | None = None
     tls_ca_file: ReadableFile | None = None
@@ -110,7 +110,7 @@ class Settings(BaseSettings):
 
     # --- Queues ---
     default_queue: str = "default"
-    queues: list[QueueSetting] = [QueueSetting(name="default"), QueueSetting(name="critical"), QueueSetting(name="batch")]
+    queues: list[QueueSetting] = [QueueSetting(name="default")]
     #: By task name; globs allowed, the first match wins.
     routes: dict[str, Route] = {}
     #: False: RabbitMQ has them and all that Celery needs beside them (roles/rabbitmq), so that no user need be permitted to declare.
