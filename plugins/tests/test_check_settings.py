@@ -386,7 +386,7 @@ def test_many_mistakes_are_told_at_once(judge: Judge) -> None:
         ("celery_app_source", "an existing folder or wheel on this machine"),
         ("celery_app_soft_time_limit", "less than celery_app_time_limit"),
         ("celery_app_visibility_timeout", "more than celery_app_time_limit"),
-        ("celery_app_routes", "routes to queues that celery_app_queues names"),
+        ("celery_app_routes", "one of celery_app_queues, critical, default, orphan"),
         ("celery_app_queues", "queues that a worker of some host consumes"),
         ("celery_worker_list", "queues that celery_app_queues names"),
         ("celery_worker_list", "a concurrency of 1 or more"),

@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_origin
 from urllib.parse import urlsplit
@@ -48,9 +48,21 @@ def _readable(path: Path) -> Path:
     return path
 
 
+def _rate(text: str) -> str:
+    if not re.fullmatch(r"[1-9][0-9]*/[smh]", text):
+        raise ValueError("a number a second, minute or hour: 10/s, 10/m, 10/h")
+    return text
+
+
+def _queue_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise ValueError("letters, digits, _ . and -")
+    return name
+
+
 Seconds = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[str, Field(pattern=r"^[1-9][0-9]*/[smh]$")]
+Rate = Annotated[str, AfterValidator(_rate)]
 ReadableFile = Annotated[Path, AfterValidator(_readable)]
 
 
@@ -59,7 +71,7 @@ class QueueSetting(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Annotated[str, AfterValidator(_queue_name)]
     priority: Annotated[int, Field(ge=0, le=9)] | None = None
 
 
@@ -418,32 +430,41 @@ def load_settings() -> Settings:
     return Settings()
 
 
-def planned_problems(environment: Mapping[str, str], secrets: Mapping[str, str]) -> list[str]:
-    """Return what `load_settings` would say of a service with this environment and these credentials, on a host that has its files.
+def planned_problems(environment: Mapping[str, str], secrets: Mapping[str, str], unknown: Collection[str] = ()) -> list[str]:
+    """Return what `load_settings` would say of a service on another host, whose files are not here.
 
-    Each text is `<variable> <what is wrong>; allowed: <what is allowed>`, or `<variable> is not set`.
+    Args:
+        environment: The variables of the service.
+        secrets: Its credentials, by name.
+        unknown: Settings that are not known yet: neither they nor what depends on them is judged.
+
+    Returns:
+        Texts: `<variable> <what is wrong>; allowed: <what is allowed>`, or `<variable> is not set`.
     """
-    return _problems(_Planned, environment, secrets)
+    return _problems(_Planned, environment, secrets, unknown)
 
 
-def _problems(kind: type[Settings], environment: Mapping[str, str], secrets: Mapping[str, str]) -> list[str]:
-    wrong = list(_unknown_variables(environment))
-    values = _values(environment) | dict(secrets)
-    unfit: set[str] = set()
+def _problems(
+    kind: type[Settings], environment: Mapping[str, str], secrets: Mapping[str, str], unknown: Collection[str] = ()
+) -> list[str]:
+    values = {name: value for name, value in (_values(environment) | dict(secrets)).items() if name not in unknown}
+    errors = _errors(kind, values)
+    unfit = {str(error["loc"][0]) for error in errors if error["loc"]}
+    wrong = [*_unknown_variables(environment), *(_told(error) for error in errors if error["loc"] and error["loc"][0] not in unknown)]
+    if unfit:
+        # pydantic looks for conflicts only among values that fit, so these get what stands for those that do not.
+        fit = {name: value for name, value in values.items() if name not in unfit}
+        errors = _errors(kind, {"application": "-", "broker_url": "memory://"} | fit)
+    conflicts = [conflict for error in errors for conflict in getattr(error.get("ctx", {}).get("error"), "conflicts", [])]
+    return wrong + [conflict.text for conflict in conflicts if conflict.inputs.isdisjoint(unfit.union(unknown))]
+
+
+def _errors(kind: type[Settings], values: dict[str, Any]) -> list[Any]:
     try:
         kind(**values)
     except ValidationError as error:
-        problems = error.errors()
-        unfit = {str(problem["loc"][0]) for problem in problems if problem["loc"]}
-        wrong += [text for problem in problems for text in _told(problem, unfit)]
-    if unfit:
-        # The others are judged in the same go, with what stands for the settings that are needed.
-        others = {"application": "-", "broker_url": "memory://"} | {name: value for name, value in values.items() if name not in unfit}
-        try:
-            kind(**others)
-        except ValidationError as error:
-            wrong += [text for problem in error.errors() for text in _told(problem, unfit)]
-    return wrong
+        return list(error.errors())
+    return []
 
 
 def _values(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -472,16 +493,13 @@ def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
     return wrong
 
 
-def _told(problem: Any, unfit: set[str]) -> list[str]:
-    """Return the texts of one of pydantic's errors; conflicts with values that do not fit themselves are left out."""
-    error = problem.get("ctx", {}).get("error")
-    if isinstance(error, Conflicts):
-        return [conflict.text for conflict in error.conflicts if not conflict.inputs & unfit]
-    field, *rest = problem["loc"]
+def _told(error: Any) -> str:
+    """Return the text of one of pydantic's errors."""
+    field, *rest = error["loc"]
     variable = PREFIX + str(field).upper() + "".join(f"[{part}]" for part in rest)
-    if problem["type"] == "missing":
-        return [f"{variable} is not set"]
-    shown = MASK if is_secret(str(field)) else repr(problem["input"])
+    if error["type"] == "missing" and not rest:
+        return f"{variable} is not set"
+    shown = MASK if is_secret(str(field)) else repr(error["input"])
     if field in ("broker_url", "result_backend"):
         shown = re.sub(r"(://[^/@;]*?:)[^;]*@", rf"\1{MASK}@", shown)
-    return [f"{variable} is {shown}; allowed: {str(problem['msg']).removeprefix('Value error, ')}"]
+    return f"{variable} is {shown}; allowed: {str(error['msg']).removeprefix('Value error, ')}"
