@@ -444,9 +444,7 @@ def planned_problems(environment: Mapping[str, str], secrets: Mapping[str, str],
     return _problems(_Planned, environment, secrets, unknown)
 
 
-def _problems(
-    kind: type[Settings], environment: Mapping[str, str], secrets: Mapping[str, str], unknown: Collection[str] = ()
-) -> list[str]:
+def _problems(kind: type[Settings], environment: Mapping[str, str], secrets: Mapping[str, str], unknown: Collection[str] = ()) -> list[str]:
     values = {name: value for name, value in (_values(environment) | dict(secrets)).items() if name not in unknown}
     errors = _errors(kind, values)
     unfit = {str(error["loc"][0]) for error in errors if error["loc"]}
