@@ -1,8 +1,8 @@
 """Action plugin `check_settings`: judge a role's settings on the controller, before a host is touched.
 
 It finds what argument specs cannot: names that no role knows, secrets that are missing, short,
-default-looking or still encrypted, and whatever the role's own rules say. Each problem names the
-variable, the file that sets it and what is allowed.
+default-looking or still encrypted, what the runtime package will say of its settings, and whatever the role's own rules
+say. Each problem names the variable, the file that sets it and what is allowed.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
+import importlib.machinery
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import jinja2
 import yaml
+from ansible import constants
 from ansible.errors import AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
@@ -24,6 +29,8 @@ from ansible.template import trust_as_template
 from ansible.utils.vars import load_extra_vars
 
 ROLES = Path(__file__).resolve().parents[2] / "roles"
+#: The one module of the runtime package that needs neither Celery nor the rest of it.
+RUNTIME_SETTINGS = ROLES.parent / "runtime" / "src" / "celery_platform" / "settings.py"
 
 #: Shortest secret that is accepted, in characters. 24 letters and digits carry over 140 bits.
 MIN_SECRET_LENGTH = 24
@@ -51,6 +58,56 @@ def role_options(role: str) -> dict[str, Any]:
 def all_options() -> frozenset[str]:
     """Return the names of the public variables of all roles."""
     return frozenset(name for role in ROLES.iterdir() for name in role_options(role.name))
+
+
+@functools.cache
+def runtime() -> ModuleType:
+    """Return the runtime package's module `settings`.
+
+    Raises:
+        AnsibleError: if this machine lacks what it is built on.
+    """
+    name = "celery_platform_settings"
+    loader = importlib.machinery.SourceFileLoader(name, str(RUNTIME_SETTINGS))
+    # pydantic looks here for the names in annotations.
+    module = sys.modules[name] = ModuleType(name)
+    module.__file__ = str(RUNTIME_SETTINGS)
+    try:
+        loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise AnsibleError(f"check_settings: this machine has no {error.name}; install requirements.txt where Ansible is") from error
+    return module
+
+
+def names_in(value: Any) -> set[str]:
+    """Return the variables that a value's templates name, also in lists and dicts."""
+    if isinstance(value, Mapping):
+        return set().union(*map(names_in, value.values()))
+    if isinstance(value, list | tuple):
+        return set().union(*map(names_in, value))
+    if not isinstance(value, str) or not re.search("{[{%]", value):
+        return set()
+    try:
+        return {node.name for node in jinja2.Environment(autoescape=True).parse(value).find_all(jinja2.nodes.Name)}
+    except jinja2.TemplateSyntaxError:
+        return set()
+
+
+def in_words(message: str) -> str:
+    """Return what an error message of Ansible's argument specs means, as said of the variable that it names."""
+    found = "" if not (inside := re.search(r" found in '?([\w. >-]+?)'?(\.|$| is of)", message)) else f" (in {inside[1]})"
+    if wrong := re.search(r"(?:argument|option) '(\w+)'.* is of type .* unable to convert to (\w+)", message):
+        kinds = {"int": "no whole number", "float": "no number", "bool": "neither true nor false", "list": "no list"}
+        kinds |= {"dict": "no mapping", "str": "no text", "path": "no path"}
+        kind = kinds.get(wrong[2], f"no {wrong[2]}")
+        return f"has {wrong[1]}, which is {kind}" if found else f"is {kind}"
+    if wrong := re.match(r"value of (\w+) must be one (?:or more )?of: (.*?), got: (.*?)( found in|$)", message):
+        return f"has {wrong[1]}: {wrong[3]}; allowed there: {wrong[2]}" if found else f"is {wrong[3]}"
+    if wrong := re.match(r"missing required arguments: (.*?)( found in|$)", message):
+        return f"has an entry without {wrong[1]}"
+    if wrong := re.match(r"([\w.]+?)\.([\w, .]+)\. Supported parameters include: (.*?)\.?$", message):
+        return f"has {wrong[2].replace(f'{wrong[1]}.', '')}; known there: {wrong[3]}"
+    return f"does not fit: {message}"
 
 
 def unknown_names(names: set[str]) -> Iterator[tuple[str, str]]:
@@ -100,9 +157,10 @@ def defining_file(variable: str, inventory: Path, host: str, groups: Sequence[st
     """
     pattern = re.compile(rf"^[^#\n]*?(?<![\w.-]){re.escape(variable)}\s*[:=]", re.MULTILINE)
     folder = inventory if inventory.is_dir() else inventory.parent
+    known = [*constants.YAML_FILENAME_EXTENSIONS, ""]
     places = [("host_vars", host), *(("group_vars", group) for group in groups), ("group_vars", "all"), ()]
     for place in places:
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in known):
             parts = file.relative_to(folder).parts
             here = (parts[0], parts[1].split(".")[0] if len(parts) == 2 else parts[1]) if len(parts) > 1 else ()
             if here == place and pattern.search(file.read_text(errors="replace")):
@@ -127,10 +185,15 @@ def shown(path: Path) -> str:
 
 
 class ActionModule(ActionBase):
-    """Arguments: `role`, and `rules`, a list of dicts with these keys.
+    """Arguments: `role`; of a service of the runtime package `runtime_settings` and `runtime_secrets`; and `rules`.
+
+    `runtime_settings` names variables that hold settings of the runtime package by name, the last one winning, and
+    `runtime_secrets` one that holds its credentials. Each value is the role's variable that its template names first.
+
+    `rules` is a list of dicts with these keys:
 
     - `variable`: the setting that is judged.
-    - `that`: a condition over the role's variables, judged only if its argument specs hold.
+    - `that`: a condition over the role's variables, judged unless it depends on one that is missing or does not fit.
     - `allowed`: what is allowed, in words.
     - `found` (optional): an expression for what is wrong. Numbers, words and yes or no are shown without it; lists
       and dicts never are, since they may hold secrets.
@@ -149,32 +212,37 @@ class ActionModule(ActionBase):
         """Judge the settings of this host for one role."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         self._vars = task_vars or {}
+        self._names: dict[str, set[str]] = {}
         role = self._task.args["role"]
         if not role_options(role):
             raise AnsibleError(f"check_settings: no argument specs for a role {role!r} in {ROLES}")
 
-        problems = list(dict.fromkeys(self._problems(role, self._task.args.get("rules") or [])))
+        earlier = self._vars["ansible_facts"].get("settings_problems", [])
+        # Variables that are reported as missing or of the wrong type: what depends on them cannot be judged.
+        self._unfit = set(self._vars["ansible_facts"].get("settings_unfit", []))
+        problems = list(dict.fromkeys(self._problems(role)))
         if not self._vars.get("check_settings_collect", False):
             return result | ({"failed": True, "msg": "\n\n".join(problems)} if problems else {})
-        earlier = self._vars["ansible_facts"].get("settings_problems", [])
-        return result | {"ansible_facts": {"settings_problems": [*earlier, *problems]}}
+        return result | {"ansible_facts": {"settings_problems": [*earlier, *problems], "settings_unfit": sorted(self._unfit)}}
 
-    def _problems(self, role: str, rules: list[dict[str, str]]) -> Iterator[str]:
+    def _problems(self, role: str) -> Iterator[str]:
         yield from self._problems_of_host()
         options = role_options(role)
         values: dict[str, Any] = {}
-        wrong: list[str] = []
         for name, option in options.items():
             if name in self._vars:
                 try:
                     values[name] = self._templar.template(self._vars[name])
                 except AnsibleError as error:
+                    self._unfit.add(name)
                     if not self._is_for_hosts(error):
-                        wrong.append(self._unreadable(name, error))
+                        yield self._unreadable(name, error)
             elif option.get("required"):
-                wrong.append(self._problem(name, "is not set", self._allowed(name)))
+                self._unfit.add(name)
+                yield self._problem(name, "is not set", self._allowed(name))
             if isinstance(values.get(name), str) and option["type"] == "list":
-                wrong.append(self._problem(name, "is text, not a list", self._allowed(name)))
+                self._unfit.add(name)
+                yield self._problem(name, "is text, not a list", self._allowed(name))
                 del values[name]
 
         # What is missing was reported above, with the file that should set it.
@@ -182,16 +250,61 @@ class ActionModule(ActionBase):
         checked = ArgumentSpecValidator(optional).validate(values)
         for message in checked.error_messages:
             name = next((name for name in sorted(values, key=len, reverse=True) if name in message), "")
-            wrong.append(self._problem(name or role, f"does not fit: {message}", self._allowed(name)))
+            self._unfit.add(name)
+            yield self._problem(name or role, in_words(message), self._allowed(name))
 
-        yield from wrong
         for variable, value in values.items():
             for path, secret in secrets_in(variable, value):
                 if problem := secret_problem(secret):
                     name = self._origin(secret)
                     yield self._problem(name or path, problem, self._allowed("password"), name or variable)
-        if not wrong:
-            yield from self._broken_rules(rules, without_none(checked.validated_parameters))
+        yield from self._runtime_problems()
+        yield from self._broken_rules(without_none(checked.validated_parameters))
+
+    def _runtime_problems(self) -> Iterator[str]:
+        """Yield what the runtime package would refuse, said of the role's variables."""
+        variables: dict[str, str] = {}
+        texts: dict[str, str] = {}
+        unknown = set()
+        layers = [*(self._task.args.get("runtime_settings") or []), *filter(None, [self._task.args.get("runtime_secrets")])]
+        for layer in layers:
+            entries = self._vars.get(layer, {})
+            if not isinstance(entries, Mapping):
+                entries = self._templar.template(entries) if self._depends_on_none_of(self._unfit, layer) else {}
+            for setting, raw in entries.items():
+                public = next((name for name in re.findall(r"\w+", str(raw)) if name in all_options()), layer)
+                variables[setting] = public if layer.startswith("_") else f"{layer}.{setting}"
+                texts.pop(setting, None)
+                if not self._depends_on_none_of(self._unfit, layer if not layer.startswith("_") else "", *names_in(raw)):
+                    unknown.add(setting)
+                    continue
+                try:
+                    value = self._templar.template(raw)
+                except AnsibleError as error:
+                    unknown.add(setting)
+                    yield self._missing(error) or self._unreadable(variables[setting], error)
+                    continue
+                if value is not None:
+                    texts[setting] = value if isinstance(value, str) else json.dumps(value)
+        if not layers:
+            return
+        secrets = {name: texts.pop(name) for name in list(texts) if runtime().is_secret(name)}
+        environment = {f"{runtime().PREFIX}{name.upper()}": text for name, text in texts.items()}
+        for text in runtime().planned_problems(environment, secrets, unknown):
+            yield self._as_problem(text, variables)
+
+    def _as_problem(self, text: str, variables: Mapping[str, str]) -> str:
+        """Return a text of the runtime package as a problem of the role's variables, which it knows by settings."""
+        subject, path, what, allowed = re.fullmatch(
+            rf"{runtime().PREFIX}([A-Z_]+)(\S*) (.*?)(?:; allowed: (.*))?", text, re.DOTALL
+        ).groups()
+
+        def ours(words: str) -> str:
+            words = re.sub(rf"{runtime().PREFIX}([A-Z_]+)", lambda found: variables.get(found[1].lower(), found[1].lower()), words)
+            return re.sub(r"\ba credential (\w+)", lambda found: variables.get(found[1], found[1]), words)
+
+        name = variables.get(subject.lower(), subject.lower())
+        return self._problem(name + path, ours(what), ours(allowed or self._allowed(name)), name.partition(".")[0])
 
     def _problems_of_host(self) -> Iterator[str]:
         """Yield what is wrong whatever the role: the host's system, and names that no role knows."""
@@ -208,13 +321,17 @@ class ActionModule(ActionBase):
             if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored):
                 perhaps = f"{meant}, perhaps; " if meant else ""
                 allowed = f"{perhaps}see the roles' READMEs, or name a variable of your own in check_settings_ignore"
+                if name.endswith("_group"):
+                    allowed = "nothing: the names of groups are fixed (inventories/*/hosts.yml)"
                 yield self._problem(name, "is not a variable of this project", allowed)
 
-    def _broken_rules(self, rules: list[dict[str, str]], values: dict[str, Any]) -> Iterator[str]:
+    def _broken_rules(self, values: dict[str, Any]) -> Iterator[str]:
         # Rules see values as the argument specs convert them: "2" as a number.
         templar = self._templar.copy_with_new_env(available_variables=self._vars | values)
-        for rule in rules:
+        for rule in self._task.args.get("rules") or []:
             name = rule["variable"]
+            if not self._depends_on_none_of(self._unfit, *names_in(f"{{{{ {rule['that']} }}}}")):
+                continue
             try:
                 if templar.evaluate_conditional(rule["that"]):
                     continue
@@ -222,12 +339,13 @@ class ActionModule(ActionBase):
             except AnsibleError as error:
                 if self._is_for_hosts(error):
                     continue
-                yield self._problem(name, f"cannot be judged: {error}", rule["allowed"], file=rule.get("file", ""))
+                problem = self._problem(name, f"cannot be judged: {error}", rule["allowed"], file=rule.get("file", ""))
+                yield self._missing(error) or problem
                 continue
             what = f"has {json.dumps(found)}"
             if "found" not in rule:
                 shown_plainly = isinstance(found, bool | int | float | str) and not SECRET_NAME.search(name)
-                what = f"is {json.dumps(found)}" if shown_plainly else "is wrong"
+                what = "is empty" if found in ("", [], {}) else f"is {json.dumps(found)}" if shown_plainly else "is wrong"
             yield self._problem(name, what, rule["allowed"], file=rule.get("file", ""))
 
     @property
@@ -240,11 +358,37 @@ class ActionModule(ActionBase):
         known = missing and not missing[1].startswith(("ansible_", "_"))
         return self._without_hosts and not known and "ecrypt" not in str(error)
 
+    def _depends_on_none_of(self, unfit: set[str], *names: str) -> bool:
+        """Tell whether none of these variables is unfit, nor what their templates name, however deep."""
+        seen: set[str] = set()
+        waiting = set(names)
+        while waiting:
+            if waiting & unfit:
+                return False
+            seen |= waiting
+            waiting = {name for known in waiting for name in self._names_of(known)} - seen
+        return True
+
+    def _names_of(self, variable: str) -> set[str]:
+        # Facts and Ansible's own variables are no templates, and large.
+        if variable in ("groups", "hostvars", "vars") or variable.startswith("ansible_"):
+            return set()
+        if variable not in self._names:
+            self._names[variable] = names_in(self._vars.get(variable))
+        return self._names[variable]
+
+    def _missing(self, error: AnsibleError, name: str = "") -> str:
+        """Return the problem of a public variable that an error calls undefined; '' if it is about something else."""
+        missing = re.search(r"'([a-z]\w*)' is undefined", str(error))
+        if not missing:
+            return ""
+        # Of a variable of the vault, what the setting that it is for may hold.
+        return self._problem(missing[1], "is not set", self._allowed(missing[1] if SECRET_NAME.search(missing[1]) else name or missing[1]))
+
     def _unreadable(self, name: str, error: AnsibleError) -> str:
         """Return the problem of a variable that cannot be templated, laid on the variable at the bottom of it."""
-        if missing := re.search(r"'(\w+)' is undefined", str(error)):
-            # Of a variable of the vault, what the setting that it is for may hold.
-            return self._problem(missing[1], "is not set", self._allowed(missing[1] if SECRET_NAME.search(missing[1]) else name))
+        if missing := self._missing(error, name):
+            return missing
         for reference in re.findall(r"\w+", str(self._raw(name))):
             if reference != name and reference in self._vars:
                 try:

@@ -145,9 +145,14 @@ def wait_for(what: str, condition: Callable[[], Any], seconds: float) -> Any:
 
 
 def endpoint(text: str) -> tuple[str, int]:
-    """Return address and port of `address:port`."""
+    """Return address and port of `address:port`, where an IPv6 address stands in brackets."""
     address, _, port = text.rpartition(":")
-    return address, int(port)
+    return address.strip("[]"), int(port)
+
+
+def joined(address: str, port: str) -> str:
+    """Return `address:port` as the filter `endpoint` writes it (plugins/filter/addresses.py)."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def lines_of(path: str) -> Iterator[list[str]]:

@@ -31,7 +31,7 @@ options:
     description: Group that must be able to read the key. Not checked if unset.
     type: str
   service:
-    description: Address and port of a service, as C(127.0.0.1:6379), that is asked which certificate it shows.
+    description: Address and port of a service, as C(127.0.0.1:6379) or C([::1]:6379), that is asked which certificate it shows.
     type: str
 author: Celery Platform
 """
@@ -171,12 +171,16 @@ def check(certificate: Path, key: Path, ca: Path, names: list[str], group: str |
 def shows(service: str, certificate: Path, key: Path) -> bool | None:
     """Tell whether a service shows just this certificate in a handshake; None if nobody answers there."""
     address, _, port = service.rpartition(":")
+    target = (address.strip("[]"), int(port))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     # What is asked is which certificate it has, not whether it is a good one.
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
         context.load_cert_chain(certificate, key)
-        with socket.create_connection((address, int(port)), timeout=10) as connection, context.wrap_socket(connection) as session:
+        with (
+            socket.create_connection(target, timeout=10) as connection,
+            context.wrap_socket(connection) as session,
+        ):
             theirs = session.getpeercert(binary_form=True)
     except ssl.SSLError:
         return False

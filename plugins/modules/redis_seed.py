@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.redis_client import SERVER, Client, RedisError, endpoint
+from ansible.module_utils.redis_client import SERVER, Client, RedisError, endpoint, joined
 
 
 def masters_by_sentinels(sentinels: list[str], name: str, server: dict[str, Any]) -> Iterator[tuple[int, str]]:
@@ -39,7 +39,7 @@ def masters_by_sentinels(sentinels: list[str], name: str, server: dict[str, Any]
             master = Client(*endpoint(sentinel), server).pairs("SENTINEL", "MASTER", name)
         except (OSError, RedisError):
             continue
-        yield int(master["config-epoch"]), f"{master['ip']}:{master['port']}"
+        yield int(master["config-epoch"]), joined(master["ip"], master["port"])
 
 
 def roles(nodes: list[str], server: dict[str, Any]) -> dict[str, str]:

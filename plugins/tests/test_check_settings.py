@@ -61,7 +61,7 @@ def test_names_that_are_not_ours_are_left_alone(name: str) -> None:
 def test_every_documented_variable_is_known() -> None:
     known = check_settings.all_options()
 
-    assert {"redis_port", "celery_app_name", "celery_worker_list", "celery_beat_group", "lab_state"} <= known
+    assert {"redis_port", "celery_app_name", "celery_worker_list", "celery_beat_scheduler", "lab_state"} <= known
     assert list(check_settings.unknown_names(set(known))) == []
 
 
@@ -386,12 +386,12 @@ def test_many_mistakes_are_told_at_once(judge: Judge) -> None:
         ("celery_app_source", "an existing folder or wheel on this machine"),
         ("celery_app_soft_time_limit", "less than celery_app_time_limit"),
         ("celery_app_visibility_timeout", "more than celery_app_time_limit"),
-        ("celery_app_routes", "routes to queues that celery_app_queues names"),
+        ("celery_app_routes", "one of celery_app_queues, critical, default, orphan"),
         ("celery_app_queues", "queues that a worker of some host consumes"),
         ("celery_worker_list", "queues that celery_app_queues names"),
         ("celery_worker_list", "a concurrency of 1 or more"),
         ("celery_beat_scheduler", "redbeat.RedBeatScheduler on several hosts (one, two)"),
-        ("redis_group", "one host, or several and Sentinels"),
+        ("group redis", "one host, or several and Sentinels"),
         ("redis_users", "with several Redis hosts, users for what these do among themselves"),
     ]
     result = judge(
@@ -450,9 +450,9 @@ def test_three_redis_hosts_with_three_sentinels_pass(judge: Judge) -> None:
 @pytest.mark.parametrize(
     ("sentinels", "settings", "variable", "what", "file", "allowed"),
     [
-        pytest.param(THREE[:1], {}, "redis_sentinel_group", '["one"]', HOSTS, "three hosts", id="one Sentinel"),
-        pytest.param(THREE[:2], {}, "redis_sentinel_group", '["one", "two"]', HOSTS, "another odd number", id="two Sentinels"),
-        pytest.param((*THREE, "four"), {}, "redis_sentinel_group", '"four"', HOSTS, "another odd number", id="four Sentinels"),
+        pytest.param(THREE[:1], {}, "group redis_sentinel", '["one"]', HOSTS, "three hosts", id="one Sentinel"),
+        pytest.param(THREE[:2], {}, "group redis_sentinel", '["one", "two"]', HOSTS, "another odd number", id="two Sentinels"),
+        pytest.param((*THREE, "four"), {}, "group redis_sentinel", '"four"', HOSTS, "another odd number", id="four Sentinels"),
         pytest.param(THREE, {"redis_sentinel_quorum": 4}, "redis_sentinel_quorum", "is 4", MAIN, "from 1 to the number of", id="quorum"),
         pytest.param(THREE, {"redis_min_replicas_to_write": 3}, "redis_min_replicas_to_write", "is 3", MAIN, "0 to", id="replicas"),
         pytest.param(THREE, {"redis_sentinel_port": 6379}, "redis_sentinel_port", "is 6379", MAIN, "other than redis_port", id="port"),
@@ -551,7 +551,7 @@ def test_a_site_with_a_host_for_monitoring_passes(judge: Judge, monitoring: str)
 @pytest.mark.parametrize(
     ("settings", "hosts", "pki", "variable", "what", "file", "allowed"),
     [
-        pytest.param({}, ("one", "two"), ("one", "two"), "prometheus_group", '["one", "two"]', HOSTS, "one host, since", id="two"),
+        pytest.param({}, ("one", "two"), ("one", "two"), "group monitoring", '["one", "two"]', HOSTS, "one host, since", id="two"),
         pytest.param({}, ("two",), ("one",), "exporters_tls", "no certificate for two", HOSTS, "group pki", id="no certificate"),
         pytest.param(
             {"redis_users": MONITORED["redis_users"][:2]},

@@ -15,10 +15,12 @@ from waiting import wait_for
 
 @pytest.fixture(scope="session")
 def rabbitmq_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Callable[..., str]]]:
-    """Start RabbitMQ on the loopback address; return its address, and a function that runs rabbitmqctl."""
+    """Start RabbitMQ on the loopback addresses; return its IPv4 address, and a function that runs rabbitmqctl."""
     # Erlang's sockets have a limit on the length of their paths, so not below pytest's folder.
     folder, port, distribution = tmp_path_factory.mktemp("rabbitmq"), free_port(), free_port()
-    (folder / "rabbitmq.conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{port}\nloopback_users = none\nlog.console = true\n")
+    (folder / "rabbitmq.conf").write_text(
+        f"listeners.tcp.1 = 127.0.0.1:{port}\nlisteners.tcp.2 = ::1:{port}\nloopback_users = none\nlog.console = true\n"
+    )
     (folder / "enabled_plugins").write_text("[].\n")
     environment = os.environ | {
         "HOME": str(folder),

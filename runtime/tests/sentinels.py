@@ -15,11 +15,12 @@ PASSWORD = "secret"
 
 
 class Servers:
-    """Redis servers, killed at the end of the block. With `tls`, they and their Sentinels speak nothing else."""
+    """Redis servers on an address, killed at the end of the block. With `tls`, they and their Sentinels speak nothing else."""
 
-    def __init__(self, folder: Path, tls: bool = False) -> None:
+    def __init__(self, folder: Path, tls: bool = False, address: str = "127.0.0.1") -> None:
         self.folder = folder
         self.tls = tls
+        self.address = address
         self.ca = folder / "ca.crt"
         self.running: dict[int, subprocess.Popen[bytes]] = {}
         self.passwords: dict[int, str] = {}
@@ -42,7 +43,7 @@ class Servers:
             if self.tls:
                 lines += ["tls-replication yes", f"requirepass {PASSWORD}", f"masterauth {PASSWORD}"]
             if replica_of:
-                lines.append(f"replicaof 127.0.0.1 {replica_of}")
+                lines.append(f"replicaof {self.address} {replica_of}")
             lines += [f"{name.replace('_', '-')} {value}" for name, value in settings.items()]
             if "requirepass" in settings:
                 self.passwords[port] = settings["requirepass"]
@@ -60,7 +61,7 @@ class Servers:
             self.passwords[port] = password
             passwords = [f"requirepass {password}", f"sentinel auth-pass {MASTER} {master_password}"]
         options = {"down-after-milliseconds": down_after, "failover-timeout": 5000}
-        lines = [*self._listen(port), f"sentinel monitor {MASTER} 127.0.0.1 {master} 2", *passwords]
+        lines = [*self._listen(port), f"sentinel monitor {MASTER} {self.address} {master} 2", *passwords]
         if self.tls:
             lines += [f"sentinel auth-pass {MASTER} {PASSWORD}", "tls-replication yes"]
         self._write(port, lines + [f"sentinel {name} {MASTER} {value}" for name, value in options.items()])
@@ -71,7 +72,7 @@ class Servers:
         """Return a client for a server or a Sentinel."""
         options: dict[str, Any] = {"ssl": True, "ssl_ca_certs": str(self.ca)} if self.tls else {}
         password = self.passwords.get(port) or (PASSWORD if self.tls and port not in self._sentinels() else None)
-        return redis.Redis(host="127.0.0.1", port=port, password=password, **options)
+        return redis.Redis(host=self.address, port=port, password=password, **options)
 
     def kill(self, port: int) -> None:
         """Kill a server at once."""
@@ -87,9 +88,9 @@ class Servers:
 
     def _listen(self, port: int) -> list[str]:
         if not self.tls:
-            return ["bind 127.0.0.1", f"port {port}"]
+            return [f"bind {self.address}", f"port {port}"]
         files = {"ca-cert": "ca.crt", "cert": "server.crt", "key": "server.key"}
-        return ["bind 127.0.0.1", "port 0", f"tls-port {port}", "tls-auth-clients no"] + [
+        return [f"bind {self.address}", "port 0", f"tls-port {port}", "tls-auth-clients no"] + [
             f"tls-{name}-file {self.folder / file}" for name, file in files.items()
         ]
 
@@ -116,5 +117,5 @@ class Servers:
 
         key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc"]
         openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-days", "2", "-subj", "/CN=test CA")
-        issuer = ["-CA", "ca.crt", "-CAkey", "ca.key", "-addext", "subjectAltName=IP:127.0.0.1"]
+        issuer = ["-CA", "ca.crt", "-CAkey", "ca.key", "-addext", f"subjectAltName=IP:{self.address}"]
         openssl("req", "-x509", *key, *issuer, "-keyout", "server.key", "-out", "server.crt", "-days", "2", "-subj", "/CN=server")

@@ -19,7 +19,7 @@ from pydantic import SecretStr
 from sites import Site, wait_for
 
 from celery_platform import alerts, logs
-from celery_platform.settings import BadSettings, Settings
+from celery_platform.settings import BadSettings, Settings, load_settings
 
 SHOP = """
 import os, signal, time
@@ -249,8 +249,8 @@ def test_the_queue_is_bounded(make: Callable[..., alerts.Alerts], webhook: Webho
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/hidden", "hidden"])
-def test_only_http(url: str) -> None:
-    settings = Settings(application="a", broker_url="memory://", alert_webhook=SecretStr(url))
-    with pytest.raises(BadSettings) as error:
-        alerts.install(None, settings)  # type: ignore[arg-type]
+def test_only_http(environment: Callable[..., None], url: str) -> None:
+    environment(secrets={"alert_webhook": url})
+    with pytest.raises(BadSettings, match=r"CELERY_PLATFORM_ALERT_WEBHOOK is \*+; allowed: a URL, http:// or https://") as error:
+        load_settings()
     assert url not in str(error.value)

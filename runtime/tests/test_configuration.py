@@ -41,8 +41,9 @@ def test_a_password_arrives_as_it_is(url: str, password: str) -> None:
 @pytest.mark.parametrize("broker_url", ["", "amqps://shop@a:5671/v;amqps://shop@b:5671/v"])
 def test_a_worker_tells_nobody_its_secrets(environment: Environment, url: str, broker_url: str) -> None:
     """As it does when it is asked for its settings: celery/worker/control.py, conf."""
-    names = ("broker_password", "result_backend_password", "sentinel_password", "encryption_keys", "alert_webhook")
-    environment(broker_url=broker_url or url, result_backend=url, secrets={name: f"Zq8vT3-{name}" for name in names})
+    secrets = {name: f"Zq8vT3-{name}" for name in ("broker_password", "result_backend_password", "sentinel_password")}
+    secrets |= {"encryption_keys": "Zq8vT3".ljust(43, "x"), "alert_webhook": "https://Zq8vT3"}
+    environment(broker_url=broker_url or url, result_backend=url, secrets=secrets)
     app = Celery("shop")
     configuration.apply(app, load_settings())
 
@@ -76,7 +77,7 @@ def test_sentinel_gets_its_own_password_and_tls(environment: Environment) -> Non
     config = broker.celery_config(load_settings())
 
     for options in (config["broker_transport_options"], config["result_backend_transport_options"]):
-        assert options["master_name"] == "mymaster"
+        assert options["master_name"] == "celery"
         assert options["global_keyprefix"] == "shop:"
         assert options["sentinel_kwargs"]["password"] == "spw"
         assert options["sentinel_kwargs"]["ssl"] is True

@@ -223,9 +223,10 @@ def test_an_unknown_key_is_named() -> None:
 @pytest.mark.parametrize(
     "ring", ["", "\n", f"{OLD}\ntopsecret", f"{OLD}\n{OLD}x", f"{OLD}\n{OLD[:20]}", f"{OLD}\n{OLD[:20]}!{OLD[20:]}"], ids=range(6)
 )
-def test_what_is_no_key_is_refused_and_not_shown(ring: str) -> None:
-    with pytest.raises(BadSettings, match=r"encryption_keys.*allowed: .*generate-key") as refusal:
-        serialization.install(Celery("shop"), settings(encryption="on", encryption_keys=SecretStr(ring)))
+def test_what_is_no_key_is_refused_and_not_shown(environment: Callable[..., None], ring: str) -> None:
+    environment(encryption="on", secrets={"encryption_keys": ring})
+    with pytest.raises(BadSettings, match=r"^CELERY_PLATFORM_ENCRYPTION_KEYS is \*+; allowed: .*generate-key") as refusal:
+        load_settings()
 
     assert "topsecret" not in str(refusal.value)
     assert OLD[:20] not in str(refusal.value)

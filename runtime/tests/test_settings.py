@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from celery_platform.settings import BadSettings, load_settings
+from celery_platform.settings import BadSettings, load_settings, planned_problems
 
 Environment = Callable[..., None]
 
@@ -17,7 +16,7 @@ def test_what_is_not_set_has_a_default(environment: Environment) -> None:
     settings = load_settings()
 
     assert (settings.soft_time_limit, settings.time_limit, settings.max_tasks_per_child) == (600, 900, 1000)
-    assert [queue.name for queue in settings.queues] == ["default", "critical", "batch"]
+    assert [queue.name for queue in settings.queues] == ["default"]
     assert (settings.result_expires, settings.pool_limit, settings.result_backend) == (3600, 10, None)
 
 
@@ -50,18 +49,22 @@ def test_values_are_read_from_the_environment_and_from_credentials(environment: 
         ("soft_time_limit", "900", "CELERY_PLATFORM_SOFT_TIME_LIMIT is 900; allowed: less than CELERY_PLATFORM_TIME_LIMIT, 900"),
         ("visibility_timeout", "900", "CELERY_PLATFORM_VISIBILITY_TIMEOUT is 900; allowed: more than CELERY_PLATFORM_TIME_LIMIT, 900"),
         ("queues", '["a", "a", "default"]', "CELERY_PLATFORM_QUEUES is ['a', 'a', 'default']; allowed: each name once"),
-        ("queues", "critical,default", '"queues"'),
+        ("queues", "critical,default", "CELERY_PLATFORM_QUEUES is 'critical,default'; allowed: Input should be a valid list"),
+        ("queues", '["a:b", "default"]', "CELERY_PLATFORM_QUEUES[0][name] is 'a:b'; allowed: letters, digits"),
         ("default_queue", "nowhere", "CELERY_PLATFORM_DEFAULT_QUEUE is nowhere; allowed: one of CELERY_PLATFORM_QUEUES"),
         ("routes", '{"x": {"queue": "nowhere"}}', "CELERY_PLATFORM_ROUTES sends x to nowhere; allowed: one of CELERY_PLATFORM_QUEUES"),
         ("routes", '{"x": {"que": "default"}}', "CELERY_PLATFORM_ROUTES[x][que] is 'default'; allowed: Extra inputs"),
         ("broker_url", "http://x", "CELERY_PLATFORM_BROKER_URL is 'http://x'; allowed: must begin with redis://"),
+        ("broker_url", "redis://shop@::1:6379/0", "CELERY_PLATFORM_BROKER_URL is 'redis://shop@::1:6379/0'; allowed: must give hosts"),
+        ("result_backend", "sentinel://[::1]:26379/0;sentinel://::1:26379/0", "26379/0'; allowed: must give hosts as name:port"),
+        ("broker_url", "redis://shop@[::1]:6379/x", "allowed: must end with the number of a database"),
         ("encryption", "on", "CELERY_PLATFORM_ENCRYPTION is on; allowed: off, unless there is a credential encryption_keys"),
         ("breakers", '{"x": {"failures": 0}}', "CELERY_PLATFORM_BREAKERS[x][failures] is 0; allowed: Input should be greater than"),
         ("breakers", '{"x": {"reset": 1351}}', "CELERY_PLATFORM_BREAKERS[x][reset] is 1351; allowed: half of 2700 at most"),
-        ("rate_limits", '{"x": "10/d"}', "CELERY_PLATFORM_RATE_LIMITS[x] is '10/d'; allowed: String should match pattern"),
+        ("rate_limits", '{"x": "10/d"}', "CELERY_PLATFORM_RATE_LIMITS[x] is '10/d'; allowed: a number a second"),
         ("retry_backoff", "301", "CELERY_PLATFORM_RETRY_BACKOFF is 301; allowed: at most CELERY_PLATFORM_RETRY_BACKOFF_MAX, 300"),
         ("tls_ca_file", "/no/such/file", "CELERY_PLATFORM_TLS_CA_FILE is '/no/such/file'; allowed: must be a file"),
-        ("tls_cert_file", "/etc/hostname", "CELERY_PLATFORM_TLS_CERT_FILE and CELERY_PLATFORM_TLS_KEY_FILE; allowed: both or neither"),
+        ("tls_cert_file", "/etc/hostname", "TLS_CERT_FILE and CELERY_PLATFORM_TLS_KEY_FILE are not both set; allowed: both or neither"),
     ],
 )
 def test_a_bad_value_is_told_with_its_variable_and_what_is_allowed(environment: Environment, name: str, value: str, told: str) -> None:
@@ -102,8 +105,33 @@ def test_a_secret_in_the_environment_is_refused_and_not_shown(environment: Envir
     assert "s3cret" not in str(error.value)
 
 
-def test_a_password_in_a_url_is_refused(environment: Environment, tmp_path: Path) -> None:
-    environment(broker_url="amqp://shop@a//;amqp://shop:s3cret@b//")
+@pytest.mark.parametrize("url", ["amqp://shop@a//;amqp://shop:s3cret@b//", "http://:s3cret@b", "redis://shop:s3cret@::1/0"])
+def test_a_password_in_a_url_is_refused_and_not_shown(environment: Environment, url: str) -> None:
+    environment(broker_url=url)
 
-    with pytest.raises(BadSettings, match="must hold no password"):
+    with pytest.raises(BadSettings, match="must hold no password") as error:
         load_settings()
+    assert "s3cret" not in str(error.value)
+
+
+def test_conflicts_are_told_beside_values_that_do_not_fit(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(queues='["a:b"]', default_queue="x", soft_time_limit="900", visibility_timeout="1", pool_limit="x")
+    monkeypatch.delenv("CELERY_PLATFORM_BROKER_URL")
+
+    with pytest.raises(BadSettings) as error:
+        load_settings()
+    # Nothing of what depends on the queues or on the broker.
+    assert [line.split()[0] for line in str(error.value).splitlines()] == [
+        "CELERY_PLATFORM_BROKER_URL",
+        "CELERY_PLATFORM_POOL_LIMIT",
+        "CELERY_PLATFORM_QUEUES[0][name]",
+        "CELERY_PLATFORM_SOFT_TIME_LIMIT",
+    ]
+
+
+def test_a_service_elsewhere_is_judged_by_what_it_is_given_alone(environment: Environment) -> None:
+    environment(max_runs="0", secrets={"encryption_keys": "x"})
+    given = {"APPLICATION": "shop:app", "BROKER_URL": "rediss://shop@a:6379/0", "TLS_CA_FILE": "/there/ca.crt", "ENCRYPTION": "on"}
+
+    problems = planned_problems({f"CELERY_PLATFORM_{name}": value for name, value in given.items()}, {})
+    assert problems == ["CELERY_PLATFORM_ENCRYPTION is on; allowed: off, unless there is a credential encryption_keys"]

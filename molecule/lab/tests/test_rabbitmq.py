@@ -245,7 +245,7 @@ def test_a_node_leaves_and_comes_with_the_inventory(
     fewer = other_inventory(["data1", "data2"])
     refused = fewer.run_playbook(ONLY)
     assert refused.returncode == 2
-    assert "rabbitmq_group has" in refused.stdout
+    assert "group rabbitmq has" in refused.stdout
     assert "at least three hosts" in refused.stdout
 
     changed = fewer.converge(ONLY, "-e", "rabbitmq_minimum_nodes=2")["changed"]

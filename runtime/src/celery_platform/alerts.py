@@ -22,7 +22,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
 
 from billiard.common import human_status
 from billiard.einfo import ExceptionWithTraceback
@@ -34,7 +33,7 @@ from celery.worker.request import Request
 from pydantic import SecretStr
 
 from celery_platform.logs import Mask, masker, task_fields
-from celery_platform.settings import PREFIX, BadSettings, Settings
+from celery_platform.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -307,16 +306,9 @@ def _handled_error() -> str:
 
 
 def install(app: Celery, settings: Settings) -> None:
-    """Watch the worker or beat, if there is a webhook.
-
-    Raises:
-        BadSettings: if the webhook is no http or https URL; it is not shown, it is a secret.
-    """
+    """Watch the worker or beat, if there is a webhook."""
     if settings.alert_webhook is None:
         return
-    parts = urlsplit(settings.alert_webhook.get_secret_value())
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BadSettings(f"the credential alert_webhook ({PREFIX}ALERT_WEBHOOK) is wrong; allowed: a URL, http:// or https://")
     watch = Watch(Alerts(settings, settings.alert_webhook, masker(settings)))
     watch.failures()
     app.steps["consumer"].add(watch.connection_step())

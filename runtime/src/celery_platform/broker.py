@@ -16,9 +16,9 @@ from redis.sentinel import Sentinel
 
 from celery_platform.settings import Settings
 
-#: Seconds. kombu's defaults wait for ever on a half-open connection (research: celery.md, 2.1 and 3.1). A frozen Redis is
-#: given up after SOCKET_TIMEOUT by who sends a task, and after twice the interval of health checks by who waits for one;
-#: sooner with Sentinel, which has named another master by then: so long after the time that replicas have for a publish.
+#: Seconds. kombu's defaults wait for ever on a half-open connection. A frozen Redis is given up after SOCKET_TIMEOUT by who
+#: sends a task, and after twice the interval of health checks by who waits for one; sooner with Sentinel, which has named
+#: another master by then: so long after the time that replicas have for a publish.
 SOCKET_TIMEOUT = 10
 SENTINEL_SOCKET_TIMEOUT = 2
 CONNECT_TIMEOUT = 5

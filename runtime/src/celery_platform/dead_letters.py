@@ -46,7 +46,7 @@ NAME = "dead-letters"
 INDEX = "dead-letters-by-time"
 #: Seconds until a dead letter is tried again that could not be written.
 RETRY_INTERVAL = 5
-#: Seconds that RabbitMQ has to confirm a message; py-amqp waits for ever by default (research: celery.md, 3.1).
+#: Seconds that RabbitMQ has to confirm a message; py-amqp waits for ever by default.
 CONFIRM_TIMEOUT = 10
 #: Each look into the queue counts as a delivery, and RabbitMQ 4 drops a message at the 20th by default.
 DELIVERY_LIMIT = 1_000_000

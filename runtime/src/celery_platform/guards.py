@@ -27,7 +27,7 @@ from kombu.transport.native_delayed_delivery import (
 )
 
 from celery_platform import queues
-from celery_platform.settings import PREFIX, BadSettings, Settings
+from celery_platform.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -52,32 +52,12 @@ def install(app: Celery, settings: Settings) -> None:
     """Guard an application, if its broker is RabbitMQ. Comes before whatever else wraps `app.send_task`.
 
     Raises:
-        BadSettings: if delays would mix up the queues.
         RuntimeError: if kombu is not as these guards know it.
     """
     if settings.uses_rabbitmq:
-        check_queue_names(settings)
         use_transport()
         delay_safely(app, settings.declare_queues)
         give_up(app, settings.publish_timeout)
-
-
-def check_queue_names(settings: Settings) -> None:
-    """Refuse queues of which a delayed message for one reaches another, too: `orders` and `eu.orders`.
-
-    kombu binds a queue to delayed messages whose routing key ends with its name's words
-    (bind_queue_to_native_delayed_delivery_exchange in kombu/transport/native_delayed_delivery.py: `#.orders`).
-    Can go when that is bound to the 28 words of the delay and the name.
-
-    Raises:
-        BadSettings: if there are such queues.
-    """
-    names = [queue.name for queue in settings.queues]
-    for name in names:
-        for longer in names:
-            if longer.endswith(f".{name}"):
-                told = f"{PREFIX}QUEUES has {name} and {longer}, and RabbitMQ would bring countdowns for {longer} to both"
-                raise BadSettings(f"{told}; allowed: no queue named as another's end after a dot")
 
 
 # --- Connections ---

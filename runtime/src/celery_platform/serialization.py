@@ -43,7 +43,7 @@ from kombu.pidbox import Node
 from kombu.utils import json
 from kombu.utils.encoding import str_to_bytes
 
-from celery_platform.settings import MASK, PREFIX, BadSettings, Settings
+from celery_platform.settings import KEY_SIZE, MASK, PREFIX, Settings, keys_in
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,6 @@ CONTENT_TYPE = "application/x-celery-platform"
 
 #: A sealed text: version, key id, nonce, ciphertext with its tag. No JSON begins with this version's byte (RFC 8259, 2).
 VERSION = b"\x01"
-KEY_SIZE = 32
 KEY_ID_SIZE = 8
 #: Bytes; NIST SP 800-38D, 8.2 and 8.3: 96 bits at random, for at most 2^32 texts under one key.
 NONCE_SIZE = 12
@@ -84,13 +83,11 @@ class KeyRing:
         text: one key a line, 32 bytes in base64url, with a comment after a space if wanted.
 
     Raises:
-        BadSettings: if there is no key, or a line that holds none.
+        ValueError: if there is no key, or a line that holds none.
     """
 
     def __init__(self, text: str) -> None:
-        keys = [_key(line, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        if not keys:
-            raise BadSettings("the credential encryption_keys is empty; allowed: one key a line, from `celery-platform generate-key`")
+        keys = [Key(hashlib.sha256(key).digest()[:KEY_ID_SIZE], AESGCM(key)) for key in keys_in(text)]
         self.first = keys[0]
         self.ciphers = dict(keys)
 
@@ -116,24 +113,8 @@ class KeyRing:
             raise DecodeError(f"names key {key_id.hex()}, but is not what was encrypted under it: damaged or forged") from error
 
 
-def _key(line: str, number: int) -> Key:
-    encoded = line.split()[0]
-    try:
-        key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True)
-    except ValueError:
-        key = b""
-    if len(key) != KEY_SIZE:
-        allowed = f"{KEY_SIZE} bytes in base64url, as `celery-platform generate-key` prints them, and a comment after a space"
-        raise BadSettings(f"the credential encryption_keys, line {number}, is {MASK}, which is no key; allowed: {allowed}")
-    return Key(hashlib.sha256(key).digest()[:KEY_ID_SIZE], AESGCM(key))
-
-
 def install(app: Celery, settings: Settings) -> None:
-    """Let an application encrypt, and hide the arguments of its tasks.
-
-    Raises:
-        BadSettings: if there is a credential `encryption_keys` that holds no keys.
-    """
+    """Let an application encrypt, and hide the arguments of its tasks."""
     if settings.encryption_keys is not None:
         _register(KeyRing(settings.encryption_keys.get_secret_value()), settings)
         _use_serializer(app, settings)
