@@ -66,9 +66,9 @@ lint: $(VENV)/test ## Lint and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	cd runtime && ../$(BIN)/mypy
 
-# The tests start servers of their own from these packages, make certificates, and judge alert rules (promtool). Installed as
+# The tests start servers and run tools of their own from these packages, make certificates, and judge alert rules (promtool). Installed as
 # if systemd were away, so that the packages' own services do not start.
-SERVERS := redis-server rabbitmq-server openssl prometheus
+SERVERS := redis-server rabbitmq-server openssl prometheus prometheus-alertmanager nginx logrotate openssh-client
 unit: $(VENV)/test ## Unit tests of the plugins and the runtime package; the roles' documentation
 	@dpkg-query --show $(SERVERS) >/dev/null 2>&1 || { apt-get update -qq && \
 	  SYSTEMD_OFFLINE=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SERVERS) >/dev/null; }

@@ -34,7 +34,7 @@ class Node:
 
     def ssh(self, *command: str) -> list[str]:
         """Return the command that runs a command on the host, as root."""
-        key, options = self.variables["ansible_ssh_private_key_file"], self.variables["ansible_ssh_common_args"].split()
+        key, options = self.variables["ansible_ssh_private_key_file"], shlex.split(self.variables["ansible_ssh_common_args"])
         return ["ssh", "-i", key, *options, f"root@{self.address}", shlex.join(command)]
 
     def booted(self) -> None:

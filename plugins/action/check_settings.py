@@ -38,6 +38,18 @@ MIN_SECRET_LENGTH = 24
 EXAMPLE_WORDS = ("changeme", "change_me", "change-me", "password", "example", "secret", "default", "replace")
 #: A variable or key with such a name holds a secret of ours.
 SECRET_NAME = re.compile(r"(^|_)(password|requirepass|passphrase|cookie)$")
+#: No configuration file holds these as they are: control characters, and Unicode's separators of lines and paragraphs.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+#: Settings that may hold some: what becomes a file of its own, is rendered as JSON, is a line of another language, or has a rule.
+MAY_HOLD_CONTROL = {
+    "celery_app_credentials",
+    "celery_app_deploy_commands",
+    "celery_app_environment",
+    "celery_flower_options",
+    "firewall_extra_rules",
+}
+#: Names of hosts, which become labels, file names and parts of patterns.
+HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 #: Releases of Debian that the tests run on.
 SUPPORTED_DEBIAN = ("12", "13")
 #: How alike a name must be to a known one to be taken for a typing error (difflib's ratio, 0 to 1).
@@ -130,6 +142,8 @@ def secret_problem(value: Any) -> str:
         return "is no text (put it in quotes)"
     if "$ANSIBLE_VAULT" in value:
         return "is still encrypted"
+    if CONTROL.search(value):
+        return "holds a line break or another control character"
     if len(value) < MIN_SECRET_LENGTH:
         return f"has {len(value)} characters"
     if any(word in value.lower() for word in EXAMPLE_WORDS) or len(set(value)) < 8:
@@ -148,6 +162,15 @@ def secrets_in(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         for item in value:
             label = item.get("name", "") if isinstance(item, Mapping) else ""
             yield from secrets_in(f"{name}[{label}]", item)
+
+
+def holds_control(name: str, value: Any) -> bool:
+    """Tell whether a variable or key, or what lies in it, holds a control character; secrets aside, which are judged one by one."""
+    if isinstance(value, Mapping):
+        return any(CONTROL.search(str(key)) or holds_control(str(key), item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return any(holds_control(name, item) for item in value)
+    return isinstance(value, str) and not SECRET_NAME.search(name) and bool(CONTROL.search(value))
 
 
 def defining_file(variable: str, inventory: Path, host: str, groups: Sequence[str] = ()) -> str:
@@ -253,6 +276,10 @@ class ActionModule(ActionBase):
             self._unfit.add(name)
             yield self._problem(name or role, in_words(message), self._allowed(name))
 
+        for name in [name for name, value in values.items() if name not in MAY_HOLD_CONTROL and holds_control(name, value)]:
+            self._unfit.add(name)
+            yield self._problem(name, "holds a line break or another control character", "text of one line")
+
         for variable, value in values.items():
             for path, secret in secrets_in(variable, value):
                 if problem := secret_problem(secret):
@@ -315,6 +342,9 @@ class ActionModule(ActionBase):
             what = f"runs {facts['distribution']} {facts['distribution_version']}"
             allowed = f"hosts with Debian {' or '.join(SUPPORTED_DEBIAN)}"
             yield self._problem(self._vars["inventory_hostname"], what, allowed, file="hosts.yml")
+
+        if not HOST_NAME.fullmatch(name := self._vars["inventory_hostname"]):
+            yield self._problem(name, "is a host's name", "names of letters, digits, . _ and -", file="hosts.yml")
 
         ignored = self._vars.get("check_settings_ignore", [])
         for name, meant in unknown_names(self._inventory_names() - {"check_settings_ignore"}):
@@ -418,7 +448,7 @@ class ActionModule(ActionBase):
     def _allowed(name: str) -> str:
         """Return what a variable may hold: of a secret the rules above, of others what the argument specs say."""
         if SECRET_NAME.search(name):
-            return f"at least {MIN_SECRET_LENGTH} characters, and no example; `make secrets` writes good ones"
+            return f"at least {MIN_SECRET_LENGTH} characters, on one line, and no example; `make secrets` writes good ones"
         option = next((role_options(role.name)[name] for role in ROLES.iterdir() if name in role_options(role.name)), {})
         if "choices" in option:
             return "one of " + ", ".join(str(choice) for choice in option["choices"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import re
 import socket
 import ssl
 import time
@@ -155,8 +155,32 @@ def joined(address: str, port: str) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
+#: How Redis reads a line of redis.conf (sdssplitargs in its sds.c): words between blanks, of plain text, or in quotes to their end.
+QUOTED = re.compile(r""""((?:[^"\\]|\\.)*)"(?=\s|$)|'((?:[^'\\]|\\'|\\(?!'))*)'(?=\s|$)""")
+WORD = re.compile(rf"(?:{QUOTED.pattern}|[^\"'\s])+")
+ESCAPED = re.compile(r"\\(?:x([0-9a-fA-F]{2})|(.))")
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "a": "\a"}
+
+
+def words_of(line: str) -> list[str]:
+    """Return the words of a line of redis.conf.
+
+    Raises:
+        ValueError: if Redis would refuse its quotes.
+    """
+    if WORD.sub("", line).strip():
+        raise ValueError("unbalanced quotes in a line of redis.conf")
+    return [QUOTED.sub(_unquoted, word[0]) for word in WORD.finditer(line)]
+
+
+def _unquoted(quoted: re.Match[str]) -> str:
+    if quoted[2] is not None:
+        return quoted[2].replace("\\'", "'")
+    return ESCAPED.sub(lambda found: chr(int(found[1], 16)) if found[1] else ESCAPES.get(found[2], found[2]), quoted[1])
+
+
 def lines_of(path: str) -> Iterator[list[str]]:
     """Yield the words of each line of a configuration file that says something."""
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text().split("\n"):
         if line.strip() and not line.startswith("#"):
-            yield shlex.split(line)
+            yield words_of(line)

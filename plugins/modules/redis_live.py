@@ -104,8 +104,10 @@ class Live:
             self.restart.append("CAs")
         name, quorum, state = (self.arguments["sentinel"][key] for key in ("master", "quorum", "state"))
         present = self.client.pairs("SENTINEL", "MASTER", name)
-        # What it does not show, it writes down.
-        hidden = {words[1]: words[3] for words in lines_of(state) if words[0] == "sentinel" and words[2:3] == [name] and len(words) == 4}
+        # What it does not show, it writes down, without quotes.
+        with open(state) as file:
+            lines = [line.split() for line in file]
+        hidden = {words[1]: words[3] for words in lines if words[:1] == ["sentinel"] and words[2:3] == [name] and len(words) == 4}
         common = self.client.pairs("SENTINEL", "CONFIG", "GET", "*")
         wanted = [["quorum", name, str(quorum)]]
         wanted += [words[1:] for path in self.arguments["settings"] for words in lines_of(path) if words[0] == "sentinel"]
@@ -130,7 +132,9 @@ class Live:
 
     def users(self) -> None:
         """Change the users, without cutting the connections of those that stay."""
-        wanted = {words[1]: words[2:] for words in lines_of(self.arguments["acl"])}
+        # The words of this file have no quotes.
+        with open(self.arguments["acl"]) as file:
+            wanted = {words[1]: words[2:] for words in map(str.split, file) if words}
         before = self.listed_users()
         unwanted = sorted(set(before) - set(wanted))
         if self.check:

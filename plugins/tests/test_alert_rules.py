@@ -16,6 +16,8 @@ import jinja2
 import pytest
 import yaml
 
+import escape
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROLE = REPOSITORY / "roles" / "prometheus"
 RUNBOOKS = REPOSITORY / "docs" / "runbooks"
@@ -47,6 +49,7 @@ def rendered(folder: Path, **site: Any) -> list[Path]:
         comment_start_string="<#",
         comment_end_string="#>",
     )
+    environment.filters |= escape.FilterModule().filters()
     files = [folder / f"{name}.yml" for name in FILES]
     for file in files:
         file.write_text(environment.get_template(f"rules/{file.name}.j2").render(SITE | site))

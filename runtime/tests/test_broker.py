@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
+import redis
+from brokers import rabbitmq, rabbitmq_node
+from celery import Celery
+from pydantic import SecretStr
+from redbeat.schedulers import get_redis
 from sentinels import Servers
 from sites import Site, wait_for
+
+from celery_platform import beat, broker
+from celery_platform.settings import Settings
+
+__all__ = ["rabbitmq", "rabbitmq_node"]
 
 SHOP = """
 from celery import Celery
@@ -29,3 +42,56 @@ def test_a_broker_that_is_there_again_is_found_soon(tmp_path: Path) -> None:
             servers.redis(port=port)
             wait_for("a connected worker", lambda: site.log().count("Connected to redis") == 2)
             assert time.monotonic() - back < 3
+
+
+#: Every printable character of ASCII, and some beyond.
+PASSWORD = "".join(map(chr, range(0x20, 0x7F))) + "ß€😀"
+
+
+def application(**values: Any) -> tuple[Celery, Settings]:
+    """Return an application that logs in with PASSWORD, and its settings."""
+    passwords = dict.fromkeys(("broker_password", "result_backend_password", "sentinel_password"), SecretStr(PASSWORD))
+    settings = Settings(application="shop:app", key_prefix="shop:", **passwords | values)
+    app = Celery("shop", set_as_current=False)
+    app.conf.update(broker.celery_config(settings) | beat.celery_config(settings))
+    return app, settings
+
+
+def test_redis_takes_a_password_of_all_characters_wherever_celery_logs_in(tmp_path: Path) -> None:
+    with Servers(tmp_path) as servers:
+        port = servers.redis()
+        administrator = redis.Redis(port=port)
+        administrator.acl_setuser("shop", enabled=True, passwords=[f"+{PASSWORD}"], keys=["*"], channels=["*"], commands=["+@all"])
+        administrator.acl_setuser("default", enabled=False)
+        url = f"redis://shop@127.0.0.1:{port}/0"
+        app, settings = application(broker_url=url, result_backend=url)
+
+        with app.connection_for_write() as connection:
+            assert connection.default_channel.client.ping()
+        assert app.backend.client.ping()
+        assert broker.redis_client(settings, url, settings.broker_password, 5).ping()
+        assert get_redis(app).ping()
+
+
+def test_sentinel_is_given_the_password_as_it_is() -> None:
+    url = "sentinel://shop@a:26379/0;sentinel://shop@b:26379/0"
+    app, settings = application(broker_url=url, result_backend=url)
+
+    assert app.backend.connparams["hosts"][1]["password"] == PASSWORD
+    assert app.connection_for_write().password == PASSWORD
+    assert broker.sentinel_options(settings)["password"] == PASSWORD
+
+
+def test_rabbitmq_takes_a_password_of_all_characters(
+    rabbitmq_node: tuple[str, Callable[..., str]], rabbitmq: tuple[str, Callable[..., str]]
+) -> None:
+    (_, control), (url, control_vhost) = rabbitmq_node, rabbitmq
+    vhost = urlsplit(url).path[1:]
+    control("add_user", "shop", PASSWORD)
+    control_vhost("set_permissions", "shop", ".*", ".*", ".*")
+    app, _ = application(broker_url=url.replace("guest", "shop"), result_backend=None)
+
+    with app.connection_for_write() as connection:
+        connection.ensure_connection(max_retries=1)
+        assert connection.connected
+        assert connection.virtual_host == vhost

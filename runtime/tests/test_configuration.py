@@ -27,7 +27,7 @@ def applied(app: Celery) -> dict[str, configuration.Choice]:
 # --- Connections ---
 
 
-@pytest.mark.parametrize("password", ["simple", "a/b@c:d%e#f?g", "%2F", "$`'\"\\"])
+@pytest.mark.parametrize("password", ["simple", "a/b@c:d%e#f?g", "%2F", "$`'\"\\", "".join(map(chr, range(0x20, 0x7F))) + "ß€😀"])
 @pytest.mark.parametrize("url", ["redis://shop@redis.example:6379/0", "rediss://shop@[fd00::1]:6379/0", "redis://shop:old@h:6379/0"])
 def test_a_password_arrives_as_it_is(url: str, password: str) -> None:
     changed = broker.with_password(url, SecretStr(password))
