@@ -19,10 +19,10 @@ STARTED := $(shell date +%s)
 part    = printf '%-52s %10s s\n' '$(1)' $$(($$(date +%s) - $(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help deploy demo status ssh secrets destroy test lint unit coverage molecule drills docs clean
+.PHONY: help deploy demo status ssh secrets destroy test lint unit coverage molecule test-all drills docs clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "  ENV=<name> chooses inventories/<name> (now: $(ENV)); ARGS=… goes to ansible-playbook."
 
 # What was deployed is shown also if it does not work.
@@ -82,6 +82,9 @@ coverage: $(VENV)/test ## How much of the runtime package its tests run
 
 molecule: $(VENV)/test ## The quickstart on Debian 12, the lab of several hosts on Debian 13
 	PATH="$(CURDIR)/$(BIN):$$PATH" molecule/run
+
+test-all: lint unit ## All tests, on both releases; hours
+	TEST_ALL=yes PATH="$(CURDIR)/$(BIN):$$PATH" molecule/run quickstart:bookworm quickstart:trixie lab:trixie lab:bookworm
 
 DRILLS := molecule/lab/inventory
 drills: $(VENV)/test ## Break a lab of six hosts again and again under a stream of tasks; print what became of them

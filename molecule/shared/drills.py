@@ -21,6 +21,8 @@ from nodes import REPOSITORY, Node, wait_for
 #: `make drills` repeats what chance has a part in, and has the time for all of it.
 FULL = "DRILLS" in os.environ
 only_in_drills = pytest.mark.skipif(not FULL, reason="part of `make drills`")
+#: What takes minutes and is shown by a shorter test as well, or is seldom touched.
+only_in_test_all = pytest.mark.skipif(not FULL and "TEST_ALL" not in os.environ, reason="part of `make test-all`")
 #: How often a broker is killed, and the workers of all hosts.
 BROKERS_KILLED = 5 if FULL else 1
 WORKERS_KILLED = 20 if FULL else 5

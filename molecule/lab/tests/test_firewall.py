@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import testinfra
+from drills import only_in_test_all
 from nodes import REPOSITORY, Node, wait_for
 
 TABLE = "nft --stateless list table inet celery_platform"
@@ -190,6 +191,7 @@ def test_rules_that_shut_ssh_out_are_taken_back_and_the_run_fails(lab: Lab, app:
     assert lab.converge(app) == []
 
 
+@only_in_test_all
 def test_the_host_takes_rules_back_by_itself_when_ansible_is_killed(lab: Lab, app: str) -> None:
     before = lab.nodes[app].host.check_output(TABLE)
     abandon(lab, app, rollback_seconds=30)
@@ -220,6 +222,7 @@ def test_debians_unit_does_not_leave_the_host_open(lab: Lab, app: str) -> None:
         assert host.check_output(TABLE) == before, verb
 
 
+@only_in_test_all
 def test_absent_opens_the_host_and_leaves_nothing(lab: Lab, app: str) -> None:
     node = lab.nodes[app]
     try:

@@ -9,7 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from drills import only_in_drills
+from drills import only_in_drills, only_in_test_all
 from flower_client import Flower
 from nodes import Node, wait_for
 from rabbit import SERVICE, RabbitCluster
@@ -199,6 +199,7 @@ def test_a_renewed_certificate_is_shown_without_a_restart(cluster: RabbitCluster
     flower.sees(cluster.application)
 
 
+@only_in_test_all
 def test_a_second_run_changes_nothing(flower: Flower) -> None:
     """Nor does a check; and the new key of the test before is Flower's with its next connection."""
     for arguments in ([], ["--check"]):

@@ -11,7 +11,7 @@ import pytest
 import redis
 import yaml
 from cluster import REDIS, SENTINEL, Cluster
-from drills import Report, Stream, only_in_drills
+from drills import Report, Stream, only_in_drills, only_in_test_all
 from flower_client import Flower
 from nodes import REPOSITORY, Node, wait_for
 
@@ -77,6 +77,7 @@ def test_a_check_tells_what_would_change_and_changes_nothing(cluster: Cluster) -
     assert cluster.client("data1").config_get("maxmemory")["maxmemory"] != str(200 * 1024**2)
 
 
+@only_in_test_all
 def test_a_host_that_is_down_is_left_out_and_one_that_was_rebuilt_joins_the_master(cluster: Cluster) -> None:
     cluster.client(cluster.master()).set("test:before", "yes")
     lost = "data1" if cluster.master() != "data1" else "data2"
@@ -187,6 +188,7 @@ def data1(cluster: Cluster) -> Iterator[Node]:
     node.host.check_output("umount /var/lib/redis")
 
 
+@only_in_test_all
 def test_a_full_or_read_only_disk_stops_the_run(cluster: Cluster, data1: Node) -> None:
     full = cluster.application.run_playbook()
     assert full.returncode == 2
@@ -198,6 +200,7 @@ def test_a_full_or_read_only_disk_stops_the_run(cluster: Cluster, data1: Node) -
     assert "nothing was changed on any host" in read_only.stdout
 
 
+@only_in_test_all
 def test_a_name_that_stands_for_the_host_itself_only_stops_the_run(cluster: Cluster) -> None:
     hosts = "".join(f"{node.address} {name}\\n" for name, node in cluster.nodes.items() if name != "data2")
     node = cluster.nodes["data2"]

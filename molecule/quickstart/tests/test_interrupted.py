@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from celery import Celery
-from drills import only_in_drills
+from drills import only_in_test_all
 from nodes import REPOSITORY, Node, wait_for
 
 testinfra_hosts = ["ansible://celery_worker"]
@@ -77,7 +77,7 @@ def serves(node: Node, orders: Celery) -> None:
     assert orders.send_task("orders.tasks.update_stock", ("tea", 1)).get(timeout=20) is not None
 
 
-@only_in_drills
+@only_in_test_all
 def test_a_run_killed_at_any_of_ten_moments_harms_nothing(node: Node, orders: Celery, tmp_path: Path) -> None:
     for number, (task, seconds) in enumerate(MOMENTS):
         # New code and new settings each time, so that there is everything to do.
