@@ -24,7 +24,7 @@ def test_a_check_of_a_new_worker_tells_what_would_change(node: Node) -> None:
     workers = [{"name": "all", "queues": ["critical", "default", "batch"]}]
     changed = node.converge("--check", "-e", json.dumps({"celery_worker_list": workers}))["changed"]
     assert "celery_worker : Write the workers' units" in changed
-    assert "celery_worker : Stop workers that are no longer wanted, letting them finish their tasks" in changed
+    assert "celery_worker : Remove the units of workers that are no longer wanted" in changed
     assert node.host.check_output("systemctl list-units 'celery-*' --plain --no-legend") == before
 
 
@@ -67,11 +67,11 @@ def test_another_distribution_stops_the_run(node: Node) -> None:
 
 def test_new_code_is_a_new_release_and_the_old_one_is_kept(node: Node, orders: Celery, tmp_path: Path) -> None:
     def running() -> tuple[str, list[str]]:
-        release = node.host.check_output("readlink /opt/celery/current")
+        release = node.host.check_output("readlink -f /opt/celery/current")
         return release, [node.show(f"celery-worker@{name}", "MainPID")["MainPID"] for name in ("critical", "default")]
 
     first, pids = running()
-    built = node.host.file(f"/opt/celery/{first}/.complete").mtime
+    built = node.host.file(f"{first}/.complete").mtime
     source = tmp_path / "orders"
     shutil.copytree(REPOSITORY / "examples/orders", source, ignore=shutil.ignore_patterns("__pycache__"))
     with (source / "orders/tasks.py").open("a") as tasks:
@@ -97,7 +97,7 @@ def test_new_code_is_a_new_release_and_the_old_one_is_kept(node: Node, orders: C
 
     node.converge()
     assert running()[0] == first
-    assert node.host.file(f"/opt/celery/{first}/.complete").mtime == built
-    assert node.host.file(f"/opt/celery/{second}/.complete").exists
+    assert node.host.file(f"{first}/.complete").mtime == built
+    assert node.host.file(f"{second}/.complete").exists
     assert node.host.service("celery-worker@batch").is_running
     assert node.converge()["changed"] == []

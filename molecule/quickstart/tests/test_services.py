@@ -109,10 +109,10 @@ print("read", read)
 
 
 def test_credentials_reach_the_services_by_systemd_only(node: Node) -> None:
-    folder = node.host.file("/etc/celery/credentials")
+    folder = node.host.file("/etc/celery/current/credentials")
     assert (folder.user, folder.mode) == ("root", 0o700)
     for name in ("broker_password", "result_backend_password"):
-        file = node.host.file(f"/etc/celery/credentials/{name}")
+        file = node.host.file(f"/etc/celery/current/credentials/{name}")
         assert (file.user, file.group, file.mode) == ("root", "root", 0o600)
     assert (
         node.host.check_output("celery-exec sh -c 'cat $CREDENTIALS_DIRECTORY/broker_password'")
