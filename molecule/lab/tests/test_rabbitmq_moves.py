@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from cluster import Cluster
 from drills import Stream
-from nodes import wait_for
+from nodes import Node, wait_for
 
 testinfra_hosts = ["ansible://app1"]
+
+
+def restarts(node: Node) -> list[tuple[int, int]]:
+    """Return when each worker and beat of a host last left its former state, and was up, in microseconds since 1970."""
+    listed = node.host.check_output("systemctl list-units --plain --no-legend 'celery-worker@*' celery-beat.service")
+    units = [line.split()[0] for line in listed.splitlines()]
+    assert len(units) > 1
+    times = []
+    for unit in units:
+        # With --timestamp=us+utc: "Thu 2026-11-26 02:06:54.123456 UTC".
+        shown = node.host.check_output("systemctl show %s --timestamp=us+utc -p ActiveExitTimestamp -p ActiveEnterTimestamp --value", unit)
+        times.append(
+            tuple(sorted(int(datetime.strptime(line, "%a %Y-%m-%d %H:%M:%S.%f UTC").timestamp() * 1e6) for line in shown.split("\n")))
+        )
+    return times
 
 
 def test_a_site_moves_to_redis_while_tasks_flow(cluster: Cluster) -> None:
@@ -26,3 +43,7 @@ def test_a_site_moves_to_redis_while_tasks_flow(cluster: Cluster) -> None:
         wait_for("the task that waited for its time", lambda: later in stream.ended(), seconds=180, every=2)
     assert (report.refused, report.lost) == ([], [])
     assert report.acknowledged > 300
+
+    # One host after the other: the services of app2 were not touched before those of app1 were all up again.
+    first, second = (cluster.host(cluster.application.inventory, name) for name in ("app1", "app2"))
+    assert max(up for _, up in restarts(first)) < min(down for down, _ in restarts(second))
