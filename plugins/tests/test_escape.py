@@ -31,6 +31,7 @@ from sites import free_port
 from waiting import wait_for
 
 import escape
+import redis_client
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 #: What Ansible or the inventory says of a lonely host.
@@ -156,6 +157,15 @@ def test_redis_reads_back_what_is_quoted(tmp_path: Path) -> None:
         for number, text in enumerate(texts):
             assert redis.Redis(port=port, username=f"u{number}", password=text).ping()
         assert redis.Redis(port=port, decode_responses=True).config_get("masterauth")["masterauth"] == ASCII + UNICODE
+
+
+def test_our_modules_read_a_line_as_redis_does() -> None:
+    for text in carried(escape.redis_quote):
+        assert redis_client.words_of(f"masterauth {escape.redis_quote(text)} x") == ["masterauth", text, "x"]
+    assert redis_client.words_of(r"""a 'b "c\' \n' "\x41\n\q\\" d\e#f """) == ["a", "b \"c' \\n", "A\nq\\", "d\\e#f"]
+    for line in ('a "b', "a 'b", 'a "b"c', 'a b"', "a 'b\\'"):
+        with pytest.raises(ValueError, match="unbalanced"):
+            redis_client.words_of(line)
 
 
 def test_redis_takes_names_and_prefixes_to_the_letter(tmp_path: Path) -> None:
