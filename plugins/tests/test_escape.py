@@ -363,7 +363,7 @@ def test_prometheus_reads_back_texts(tmp_path: Path) -> None:
             with urllib.request.urlopen(url) as answer:
                 return [target["discoveredLabels"] for target in json.load(answer)["data"]["activeTargets"]]
 
-        wait_for("all targets", lambda: listens(port) and len(targets_found()) == len(texts), 30)
+        wait_for("all targets", lambda: listens(port) and len(targets_found()) == len(texts), seconds=120, every=1)
         assert {int(labels["number"]): labels["text"] for labels in targets_found()} == dict(enumerate(texts))
 
 
