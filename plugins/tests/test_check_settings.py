@@ -84,6 +84,8 @@ def test_a_role_without_argument_specs_has_no_options() -> None:
         (GOOD_SECRET + "-PassWord", "looks like an example"),
         ("replace-this-" + GOOD_SECRET, "looks like an example"),
         ("abcabcabcabcabcabcabcabcabc", "looks like an example"),
+        (GOOD_SECRET + "\n", "holds a line break or another control character"),
+        (GOOD_SECRET + "\u2028", "holds a line break or another control character"),
     ],
 )
 def test_a_secret_is_judged(value: Any, problem: str) -> None:
@@ -182,6 +184,22 @@ def test_a_group_wins_over_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     assert check_settings.defining_file("redis_port", tmp_path, "web1", ["redis"]) == "group_vars/redis.yml"
     assert check_settings.defining_file("redis_port", tmp_path, "web1", ["celery"]) == "group_vars/all/main.yml"
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("a b", False),
+        ("a\nb", True),
+        ("a\tb", True),
+        (["a", ["\r"]], True),
+        ({"a": {"b\n": 1}}, True),
+        ({"password": "a\n"}, False),
+        (5, False),
+    ],
+)
+def test_control_characters_are_found_however_deep(value: Any, found: bool) -> None:
+    assert check_settings.holds_control("redis_users", value) is found
 
 
 # --- playbooks/preflight.yml as a whole ---
@@ -301,6 +319,41 @@ def test_good_settings_pass(judge: Judge) -> None:
     [
         pytest.param({"redis_bindd": []}, "redis_bindd", "is not a variable of this project", "redis_bind, perhaps", id="misspelt"),
         pytest.param({"redis_port": "abc"}, "redis_port", "cannot be converted to an int", "1 to 65535", id="port no number"),
+        pytest.param(
+            {"celery_app_timezone": "UTC\nX=1"},
+            "celery_app_timezone",
+            "holds a line break or another control character",
+            "text of one line",
+            id="two lines",
+        ),
+        pytest.param(
+            {"celery_app_environment": {"DEBUG": False, "WORKERS": 8, "LEVEL": "8"}},
+            "celery_app_environment",
+            'has ["DEBUG", "WORKERS"]',
+            'text, in quotes where it looks like something else ("8", "false"): of no, 0644 and 1.10, YAML hands on false, 420 and 1.1',
+            id="variables that are no text",
+        ),
+        pytest.param(
+            {"celery_app_environment": {"A": "a\tb\nc", "B": "a\r\n"}},
+            "celery_app_environment",
+            'has ["B"]',
+            "text; of control characters only tabs and line ends (LF), since systemd takes no others",
+            id="carriage return",
+        ),
+        pytest.param(
+            {"redis_users": [*SETTINGS["redis_users"], {"name": "a", "password": GOOD_SECRET[::2] * 2, "prefix": "a*:"}]},
+            "redis_users",
+            'has ["a*:"]',
+            "prefixes without blanks and without * ? [ ] ^ ( ) and \\, which stand for other keys in Redis's rules",
+            id="prefix that is a pattern",
+        ),
+        pytest.param(
+            {"redis_settings": {"proc-title-template": '{title} "x'}},
+            "redis_settings",
+            'has ["proc-title-template"]',
+            "names and values as redis.conf has them: words, those with blanks in double quotes",
+            id="quotes that are not closed",
+        ),
         pytest.param({"redis_port": 99999}, "redis_port", "is 99999", "a number from 1 to 65535", id="port too high"),
         pytest.param(
             {"celery_app_queues": ["critical", "default", "orphan"]},
@@ -442,7 +495,10 @@ REPLICATED = {
 
 
 def test_three_redis_hosts_with_three_sentinels_pass(judge: Judge) -> None:
-    result = judge(REPLICATED, redis_hosts=THREE, sentinel_hosts=THREE)
+    users = [
+        user | {"password": user["password"] + " '\"#\\ä"} if user["name"] == "replication" else user for user in REPLICATED["redis_users"]
+    ]
+    result = judge({"redis_users": users}, redis_hosts=THREE, sentinel_hosts=THREE)
 
     assert result.code == 0, result.output
 
@@ -455,6 +511,20 @@ def test_three_redis_hosts_with_three_sentinels_pass(judge: Judge) -> None:
         pytest.param((*THREE, "four"), {}, "group redis_sentinel", '"four"', HOSTS, "another odd number", id="four Sentinels"),
         pytest.param(THREE, {"redis_sentinel_quorum": 4}, "redis_sentinel_quorum", "is 4", MAIN, "from 1 to the number of", id="quorum"),
         pytest.param(THREE, {"redis_min_replicas_to_write": 3}, "redis_min_replicas_to_write", "is 3", MAIN, "0 to", id="replicas"),
+        pytest.param(
+            THREE,
+            {
+                "redis_users": [
+                    *REPLICATED["redis_users"][:-1],
+                    REPLICATED["redis_users"][-1] | {"password": "{{ vault_redis_requirepass }}'"},
+                ]
+            },
+            "redis_users",
+            "a blank or a quote in the password of sentinel",
+            MAIN,
+            "passwords without blanks and quotes",
+            id="quote",
+        ),
         pytest.param(THREE, {"redis_sentinel_port": 6379}, "redis_sentinel_port", "is 6379", MAIN, "other than redis_port", id="port"),
         pytest.param(THREE, {"redis_address": "localhost"}, "redis_address", "localhost is 127", MAIN, "all hosts reach", id="own name"),
         pytest.param(THREE, {"redis_address": "no.such.host.invalid"}, "redis_address", "is unknown", MAIN, "hosts reach", id="unknown"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fnmatch
 import getpass
 import json
 import random
@@ -25,10 +26,12 @@ from ansible.errors import AnsibleFilterError
 from ansible.parsing.dataloader import DataLoader
 from ansible.plugins.loader import filter_loader, init_plugin_loader
 from ansible.template import Templar, trust_as_template
+from jinja2 import nodes
 from sites import free_port
 from waiting import wait_for
 
 import escape
+import redis_client
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 #: What Ansible or the inventory says of a lonely host.
@@ -154,6 +157,15 @@ def test_redis_reads_back_what_is_quoted(tmp_path: Path) -> None:
         for number, text in enumerate(texts):
             assert redis.Redis(port=port, username=f"u{number}", password=text).ping()
         assert redis.Redis(port=port, decode_responses=True).config_get("masterauth")["masterauth"] == ASCII + UNICODE
+
+
+def test_our_modules_read_a_line_as_redis_does() -> None:
+    for text in carried(escape.redis_quote):
+        assert redis_client.words_of(f"masterauth {escape.redis_quote(text)} x") == ["masterauth", text, "x"]
+    assert redis_client.words_of(r"""a 'b "c\' \n' "\x41\n\q\\" d\e#f """) == ["a", "b \"c' \\n", "A\nq\\", "d\\e#f"]
+    for line in ('a "b', "a 'b", 'a "b"c', 'a b"', "a 'b\\'"):
+        with pytest.raises(ValueError, match="unbalanced"):
+            redis_client.words_of(line)
 
 
 def test_redis_takes_names_and_prefixes_to_the_letter(tmp_path: Path) -> None:
@@ -351,7 +363,7 @@ def test_prometheus_reads_back_texts(tmp_path: Path) -> None:
             with urllib.request.urlopen(url) as answer:
                 return [target["discoveredLabels"] for target in json.load(answer)["data"]["activeTargets"]]
 
-        wait_for("all targets", lambda: listens(port) and len(targets_found()) == len(texts), 30)
+        wait_for("all targets", lambda: listens(port) and len(targets_found()) == len(texts), seconds=120, every=1)
         assert {int(labels["number"]): labels["text"] for labels in targets_found()} == dict(enumerate(texts))
 
 
@@ -377,6 +389,16 @@ def render_with_other_delimiters(template: str, **variables: Any) -> str:
     values = {"ansible_managed": "x", "alertmanager_repeat_page": 2, "alertmanager_repeat_ticket": 24}
     values |= {"__alertmanager_pace": 1, "__alertmanager_broker_alert": "RedisWithoutMaster"}
     return environment.from_string((REPOSITORY / "roles" / role / "templates" / file).read_text()).render(values | variables)
+
+
+OTHER_DELIMITERS = {
+    "variable_start_string": "<<",
+    "variable_end_string": ">>",
+    "block_start_string": "<%",
+    "block_end_string": "%>",
+    "comment_start_string": "<#",
+    "comment_end_string": "#>",
+}
 
 
 # --- Python, ssh, logrotate ---
@@ -423,11 +445,95 @@ def test_logrotate_takes_the_file(tmp_path: Path) -> None:
 
 # --- Every value of every template ---
 
-OTHER_DELIMITERS = {
-    "variable_start_string": "<<",
-    "variable_end_string": ">>",
-    "block_start_string": "<%",
-    "block_end_string": "%>",
-    "comment_start_string": "<#",
-    "comment_end_string": "#>",
+#: What a template may be written with, by its file: the filters of its syntax.
+SYNTAXES: dict[str, set[str]] = {
+    "*/users.acl.j2": {"redis_acl_word"},
+    "*/sentinel-users.acl.j2": {"redis_acl_word"},
+    "redis*/celery-platform*.j2": {"redis_quote"},
+    "rabbitmq/rabbitmq.conf.j2": {"rabbitmq_conf_value"},
+    "rabbitmq/nodes.conf.j2": {"rabbitmq_conf_value"},
+    "rabbitmq/inetrc.j2": {"erlang_string"},
+    "rabbitmq/*.config.j2": {"erlang_string"},
+    "*/*.env.j2": {"environment_file"},
+    "*/nginx.conf.j2": {"nginx_quote"},
+    "*/index.html.j2": {"e"},
+    "*/htpasswd.j2": {"password_hash"},
+    "*/flowerconfig.py.j2": {"to_json"},
+    "*/*.yml.j2": {"yaml_quote"},
+    "*/pace.j2": {"yaml_quote"},
+    "*/*.service.j2": {"systemd_value", "systemd_exec_arg"},
+    "*/*.conf.j2": {"systemd_value", "systemd_exec_arg"},
+    "exporters/redis-service.j2": {"systemd_exec_arg"},
 }
+#: What needs none, in any syntax, and why.
+PLAIN = {
+    # The roles' preflights allow letters, digits and a few signs; numbers; or one of a few words.
+    *("celery_app_home", "celery_app_name", "celery_app_user", "pki_group", "rabbitmq_plugins"),
+    *("celery_app_settings.log_level", "celery_app_settings.redis_transport", "worker.pool", "user.name", "name"),
+    *("worker.concurrency", "worker.max_memory_per_child", "worker[]", "item.port", "database"),
+    # plugins/filter/flows.py has checked them; inetrc and epmd.conf test for an IPv4 address.
+    *("flow.name", "flow.protocol", "flow.port", "flow.ipv4", "flow.ipv6", "address", "rabbitmq_address"),
+    # Of the role itself, or set in the template, where what they are made of is looked at.
+    *("ansible_managed", "backend.name", "backend.path", "backend.what", "backend.address", "capability", "collector", "here", "kind"),
+    *("ansible_facts[]", "interface", "options", "passwords", "prefix", "service", "tls", "type"),
+    # Lines of the program's own language, which people write: redis_settings, redis_users[].commands, firewall_extra_rules.
+    *("value", "user.commands", "rule"),
+}
+SAFE_FILTERS = {"int", "length", "hash", "bool", "comment"}
+
+
+def typed_options() -> set[str]:
+    """Return the names of all settings that are numbers, yes or no, or one of a few words."""
+    files = (REPOSITORY / "roles").glob("*/meta/argument_specs.yml")
+    options = [option for file in files for option in yaml.safe_load(file.read_text())["argument_specs"]["main"].get("options", {}).items()]
+    return {name for name, option in options if option["type"] in ("int", "float", "bool") or "choices" in option}
+
+
+def written(node: nodes.Node, filters: set[str], ready: set[str]) -> Iterator[str]:
+    """Yield what an expression of a template writes without a filter of its syntax; `ready` is what needs none."""
+    match node:
+        case nodes.Const() | nodes.TemplateData() | nodes.Compare() | nodes.Test() | nodes.Not():
+            pass
+        case nodes.Filter(name="join", node=nodes.Filter(name="map", args=[nodes.Const(value=name), *_])) if name in filters | SAFE_FILTERS:
+            pass
+        case nodes.Filter():
+            if node.name not in filters | SAFE_FILTERS and node.node:
+                yield from written(node.node, filters, ready)
+        case nodes.Call(node=nodes.Name(name=name)) if name in ready:
+            pass
+        case nodes.Name() | nodes.Getattr() | nodes.Getitem():
+            name = dotted(node)
+            if name.partition(".")[0] not in ready and not re.fullmatch(r"__\w+|loop[.]\w+", name):
+                yield name
+        case _:
+            for child in node.iter_child_nodes():
+                yield from written(child, filters, ready)
+
+
+def dotted(node: nodes.Node) -> str:
+    match node:
+        case nodes.Name():
+            return node.name
+        case nodes.Getattr():
+            return f"{dotted(node.node)}.{node.attr}"
+        case nodes.Getitem():
+            return f"{dotted(node.node)}[]"
+    return "…"
+
+
+TEMPLATES = {
+    str(path.relative_to(REPOSITORY / "roles")).replace("templates/", ""): path for path in REPOSITORY.glob("roles/*/templates/**/*.j2")
+}
+
+
+@pytest.mark.parametrize("template", sorted(TEMPLATES))
+def test_every_value_of_a_template_is_escaped_for_its_syntax(template: str) -> None:
+    filters = next((filters for pattern, filters in SYNTAXES.items() if fnmatch.fnmatch(template, pattern)), set())
+    text = TEMPLATES[template].read_text()
+    parsed = jinja2.Environment(**(OTHER_DELIMITERS if "<<" in text else {})).parse(text)
+    macros = {macro.name for macro in parsed.find_all(nodes.Macro)}
+    macros |= {str(name) for line in parsed.find_all(nodes.FromImport) for name in line.names}
+    outputs = [node for output in parsed.find_all(nodes.Output) for node in output.nodes]
+
+    found = {name for node in outputs for name in written(node, filters, macros | typed_options())}
+    assert found - PLAIN == set()

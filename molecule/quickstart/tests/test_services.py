@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import json
+import string
 
 import pytest
 from nodes import Node
+
+import escape
 
 testinfra_hosts = ["ansible://celery_worker"]
 
 WORKERS = [f"celery-worker@{name}.service" for name in ("critical", "default", "batch")]
 CELERY = [*WORKERS, "celery-beat.service"]
+PRINTABLE = "".join(map(chr, range(0x20, 0x7F))) + "ß€😀"
+TEXTS = [
+    PRINTABLE,
+    PRINTABLE[::-1],
+    *string.punctuation,
+    *(f"a{c}" for c in string.punctuation),
+    "%n",
+    "$HOME",
+    "${HOME}",
+    "a\\nb",
+    "'a b'",
+    " a ",
+]
 
 
 def test_every_service_runs_now_and_at_boot(node: Node) -> None:
@@ -118,3 +134,32 @@ def test_credentials_reach_the_services_by_systemd_only(node: Node) -> None:
         node.host.check_output("celery-exec sh -c 'cat $CREDENTIALS_DIRECTORY/broker_password'")
         == node.secrets["vault_celery_redis_password"]
     )
+
+
+def test_systemd_reads_back_arguments_and_variables(node: Node) -> None:
+    """What the filters of plugins/filter/escape.py write into units and their files, as a service sees it."""
+    variables = {f"V{number}": text for number, text in enumerate([*TEXTS, "", "two\nlines", " \t "])}
+    arguments = [*TEXTS, "two words"]
+    node.write("/etc/escape-test.env", "".join(f"{name}={escape.environment_file(text)}\n" for name, text in variables.items()))
+    shown = "import json, os, sys; json.dump([sys.argv[1:], dict(os.environ)], open('/run/escape-test.json', 'w'))"
+    words = ["-c", shown, *(f"--x={text}" for text in arguments)]
+    unit = [
+        "[Unit]",
+        f"Description={escape.systemd_value('x' + PRINTABLE + 'x')}",
+        "[Service]",
+        "Type=oneshot",
+        "RemainAfterExit=yes",
+        "EnvironmentFile=/etc/escape-test.env",
+        f"ExecStart=/usr/bin/python3 {' '.join(map(escape.systemd_exec_arg, words))}",
+    ]
+    node.write("/run/systemd/system/escape-test.service", "\n".join(unit) + "\n")
+    node.host.check_output("systemctl daemon-reload && systemctl start escape-test.service")
+    read_arguments, environment = json.loads(node.host.file("/run/escape-test.json").content_string)
+    description = node.show("escape-test.service", "Description")["Description"]
+    node.host.check_output(
+        "systemctl stop escape-test.service; rm /run/systemd/system/escape-test.service /etc/escape-test.env && systemctl daemon-reload"
+    )
+
+    assert read_arguments == [f"--x={text}" for text in arguments]
+    assert {name: environment.get(name) for name in variables} == variables
+    assert description == f"x{PRINTABLE}x"
