@@ -5,6 +5,7 @@ ARGS ?=
 INVENTORY := inventories/$(ENV)
 VENV   := .venv
 BIN    := $(VENV)/bin
+PLAY   := $(BIN)/ansible-playbook -i $(INVENTORY)
 LAB    := .lab/$(subst /,-,$(INVENTORY))
 LOG    := $(LAB)/deploy.log
 SSH    := ssh -F $(LAB)/ssh_config
@@ -12,8 +13,8 @@ WORKER  = $(shell $(BIN)/ansible -i $(INVENTORY) --list-hosts 'celery_worker[0]'
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 # A line for each part of a run, or, without parts, only what it shows; all else is in the log. No inventory has all groups.
 SHOW   := ANSIBLE_STDOUT_CALLBACK=progress ANSIBLE_HOST_PATTERN_MISMATCH=ignore
-ASK    := CELERY_PLATFORM_PARTS=no $(SHOW) $(BIN)/ansible-playbook -i $(INVENTORY)
-PLAY   := ANSIBLE_LOG_PATH=$(LOG) $(SHOW) $(BIN)/ansible-playbook -i $(INVENTORY)
+ASK    := CELERY_PLATFORM_PARTS=no $(SHOW) $(PLAY)
+DEPLOY := ANSIBLE_LOG_PATH=$(LOG) $(SHOW) $(PLAY)
 STARTED := $(shell date +%s)
 # Print a part as the callback plugin does: $(call part,name,start)
 part    = printf '%-52s %10s s\n' '$(1)' $$(($$(date +%s) - $(2)))
@@ -28,8 +29,8 @@ help: ## List the targets
 # What was deployed is shown also if it does not work.
 deploy: $(VENV)/controller ## Set up everything in ENV; a lab environment's hosts are started on this machine
 	@install -d -m 0700 $(LAB) && install -m 0600 /dev/null $(LOG)
-	@$(PLAY) playbooks/lab.yml $(ARGS)
-	@$(PLAY) site.yml $(ARGS)
+	@$(DEPLOY) playbooks/lab.yml $(ARGS)
+	@$(DEPLOY) site.yml $(ARGS)
 	@wrong=0; echo; \
 	  if [ -f $(LAB)/ssh_config ]; then $(ASK) playbooks/operations/demo.yml $(ARGS) || wrong=1; echo; fi; \
 	  $(ASK) playbooks/operations/status.yml $(ARGS) || wrong=1; \

@@ -224,7 +224,6 @@ class ActionModule(ActionBase):
 
     With the variable `check_settings_collect` true (as playbooks/preflight.yml sets it) problems are
     added to the fact `settings_problems`, for one common message; otherwise they fail the task.
-    With `check_settings_without_hosts` true (as playbooks/lab.yml sets it) what only a host can tell is left out.
     Variables that match a glob in the variable `check_settings_ignore` belong to others, whatever they begin with.
     """
 
@@ -258,8 +257,7 @@ class ActionModule(ActionBase):
                     values[name] = self._templar.template(self._vars[name])
                 except AnsibleError as error:
                     self._unfit.add(name)
-                    if not self._is_for_hosts(error):
-                        yield self._unreadable(name, error)
+                    yield self._unreadable(name, error)
             elif option.get("required"):
                 self._unfit.add(name)
                 yield self._problem(name, "is not set", self._allowed(name))
@@ -336,9 +334,8 @@ class ActionModule(ActionBase):
     def _problems_of_host(self) -> Iterator[str]:
         """Yield what is wrong whatever the role: the host's system, and names that no role knows."""
         facts = self._vars["ansible_facts"]
-        if "distribution" not in facts and self._without_hosts:
-            pass
-        elif facts["distribution"] != "Debian" or facts["distribution_major_version"] not in SUPPORTED_DEBIAN:
+        known = "distribution" in facts  # not before a lab's hosts are there
+        if known and (facts["distribution"] != "Debian" or facts["distribution_major_version"] not in SUPPORTED_DEBIAN):
             what = f"runs {facts['distribution']} {facts['distribution_version']}"
             allowed = f"hosts with Debian {' or '.join(SUPPORTED_DEBIAN)}"
             yield self._problem(self._vars["inventory_hostname"], what, allowed, file="hosts.yml")
@@ -367,8 +364,6 @@ class ActionModule(ActionBase):
                     continue
                 found = templar.template(trust_as_template("{{ " + rule.get("found", name) + " }}"))
             except AnsibleError as error:
-                if self._is_for_hosts(error):
-                    continue
                 problem = self._problem(name, f"cannot be judged: {error}", rule["allowed"], file=rule.get("file", ""))
                 yield self._missing(error) or problem
                 continue
@@ -377,16 +372,6 @@ class ActionModule(ActionBase):
                 shown_plainly = isinstance(found, bool | int | float | str) and not SECRET_NAME.search(name)
                 what = "is empty" if found in ("", [], {}) else f"is {json.dumps(found)}" if shown_plainly else "is wrong"
             yield self._problem(name, what, rule["allowed"], file=rule.get("file", ""))
-
-    @property
-    def _without_hosts(self) -> bool:
-        return bool(self._vars.get("check_settings_without_hosts", False))
-
-    def _is_for_hosts(self, error: AnsibleError) -> bool:
-        """Whether something cannot be judged before there are hosts: it needs a fact, a probe's result or an address."""
-        missing = re.search(r"'(\w+)' is undefined", str(error))
-        known = missing and not missing[1].startswith(("ansible_", "_"))
-        return self._without_hosts and not known and "ecrypt" not in str(error)
 
     def _depends_on_none_of(self, unfit: set[str], *names: str) -> bool:
         """Tell whether none of these variables is unfit, nor what their templates name, however deep."""

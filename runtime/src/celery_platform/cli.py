@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from celery_platform import application, configuration, queue_status
+from celery_platform import application, configuration
 from celery_platform.dead_letters import REASONS, DeadLetter, Letters, Store, StoreError, store_of
+from celery_platform.queue_status import queues
 from celery_platform.settings import MASK, PREFIX, BadSettings, Settings, is_secret, load_settings
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -329,7 +330,7 @@ def move_tasks(url: str) -> None:
         click.echo("nothing to bring")
 
 
-main.add_command(queue_status.queues)
+main.add_command(queues)
 
 # --- metrics ---
 

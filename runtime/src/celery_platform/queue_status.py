@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
+from amqp.exceptions import NotFound
 from celery import Celery
 from kombu.transport.redis import Channel as RedisChannel
 
@@ -81,7 +82,7 @@ def _read_rabbitmq(app: Celery, settings: Settings) -> tuple[list[QueueStatus], 
         for name in [*(queue.name for queue in settings.queues), dead_letters.NAME]:
             try:
                 _, messages, consumers = channel.queue_declare(name, passive=True)
-            except connection.channel_errors:
+            except NotFound:
                 # There is no such queue yet. py-amqp has opened the channel again.
                 messages = consumers = 0
             if name == dead_letters.NAME:
