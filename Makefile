@@ -11,10 +11,10 @@ WORKER  = $(shell $(BIN)/ansible -i inventories/$(ENV) --list-hosts 'celery_work
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help deploy demo status ssh secrets destroy test lint unit coverage molecule drills docs clean
+.PHONY: help deploy demo status ssh environment secrets destroy test lint unit coverage molecule drills docs clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 	@echo "  ENV=<name> chooses inventories/<name> (now: $(ENV)); ARGS=… goes to ansible-playbook."
 
 deploy: $(VENV)/controller ## Set up everything in ENV; a lab environment's hosts are started on this machine
@@ -37,6 +37,9 @@ status: $(VENV)/controller ## Show what runs where
 
 ssh: ## Open a shell on a lab host (HOST=…)
 	@$(SSH) $(or $(HOST),$(WORKER))
+
+environment: $(VENV)/controller ## Create inventories/<ENV>, an environment of your own, as a copy (FROM=production, quickstart)
+	@$(BIN)/ansible-playbook -i localhost, playbooks/operations/create_environment.yml
 
 secrets: $(VENV)/controller ## Write random values for the secrets that ENV lacks; encrypt them with ansible-vault
 	@test -d inventories/$(ENV) || { echo "There is no inventories/$(ENV)." >&2; exit 2; }

@@ -56,7 +56,7 @@ def make_secrets(inventory: Path, *options: str, **environment: str) -> tuple[in
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         stdin=subprocess.DEVNULL,
     )
     return completed.returncode, " ".join((completed.stdout + completed.stderr).split())
