@@ -22,7 +22,7 @@ def checkout(tmp_path: Path) -> Path:
     """Return a copy of what `make environment` and `make secrets` use, with leftovers of the other environments."""
     for name in ("ansible.cfg", "Makefile", "requirements.txt", "inventories", "playbooks", "plugins", "roles", "runtime", "examples"):
         source = REPOSITORY / name
-        ignore = shutil.ignore_patterns("__pycache__", "vault.yml", "lab.yml", "pki")
+        ignore = shutil.ignore_patterns("__pycache__", "vault.yml", *(["lab.yml", "pki"] if name == "inventories" else []))
         shutil.copytree(source, tmp_path / name, symlinks=True, ignore=ignore) if source.is_dir() else shutil.copy2(source, tmp_path / name)
     (tmp_path / ".venv").symlink_to(BIN.parent)
     for environment in ("production", "quickstart"):
