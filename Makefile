@@ -20,10 +20,11 @@ STARTED := $(shell date +%s)
 part    = printf '%-52s %10s s\n' '$(1)' $$(($$(date +%s) - $(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help deploy demo status ssh secrets destroy test lint unit coverage molecule test-all drills docs clean
+.PHONY: help deploy demo status ssh environment secrets destroy test lint unit coverage molecule test-all drills docs clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s
+", $$1, $$2}' Makefile
 	@echo "  ENV=<name> chooses inventories/<name> (now: $(ENV)); ARGS=… goes to ansible-playbook."
 
 # What was deployed is shown also if it does not work.
@@ -50,6 +51,9 @@ status: $(VENV)/controller ## Show what runs where and what waits; fail if somet
 ssh: ## Open a shell on a lab host (HOST=…)
 	@[ -f $(LAB)/ssh_config ] || { echo "No lab of $(INVENTORY) runs on this machine: make deploy ENV=$(ENV)" >&2; exit 1; }
 	@$(SSH) $(or $(HOST),$(WORKER))
+
+environment: $(VENV)/controller ## Create inventories/<ENV>, an environment of your own, as a copy (FROM=production, quickstart)
+	@$(BIN)/ansible-playbook -i localhost, playbooks/operations/create_environment.yml
 
 secrets: $(VENV)/controller ## Write random values for the secrets that ENV lacks; encrypt them with ansible-vault
 	@test -d inventories/$(ENV) || { echo "There is no inventories/$(ENV)." >&2; exit 2; }

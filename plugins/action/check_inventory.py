@@ -97,7 +97,8 @@ class ActionModule(ActionBase):
             own = {name: value for name, value in hosts[host].items() if not any(fnmatch.fnmatch(name, glob) for glob in ignored)}
             problems |= set(self._problems(host, own))
             missing |= {name for text in texts_in(own) if "{{" in text for name in REFERENCE.findall(text)} - known
-        if missing:
+        # Alone, they are for check_settings to report, with all else that is wrong with the settings.
+        if problems and missing:
             text = f"not set: {', '.join(sorted(missing))}; `make secrets` writes them"
             problems.add((Place(shown(inventory / "group_vars/all/vault.yml"), 0), text))
         if not problems:

@@ -161,6 +161,7 @@ class ActionModule(ActionBase):
     def _decrypt(self, library: VaultLib, path: Path, content: bytes) -> tuple[bytes, dict[str, Any]]:
         """Return the plain text of an encrypted file, and what encrypts it again as it was."""
         label = parse_vaulttext_envelope(content)[3]
+        label = None if label == constants.DEFAULT_VAULT_IDENTITY else label
         named = f"--vault-id {label}@" if label else "--vault-password-file "
         how = f'give its password with ARGS=--ask-vault-pass or ARGS="{named}FILE"'
         if not library.secrets:

@@ -252,6 +252,8 @@ def main() -> None:
     if not archive.exists():
         dest.mkdir(parents=True, exist_ok=True)
         partial = archive.with_suffix(".partial")
+        # The application's code is for its owner only, here too.
+        partial.touch(mode=0o600)
         partial.write_bytes(gzip.compress(packed, mtime=0))
         partial.rename(archive)
     module.exit_json(changed=False, id=release, archive=str(archive), unpinned=unpinned(text))

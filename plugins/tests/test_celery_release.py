@@ -459,6 +459,7 @@ def test_the_module_writes_the_archive_and_says_what_it_is(tmp_path: Path, sourc
     with tarfile.open(archive) as tar:
         assert tar.getnames() == list(opened(expected))
     assert list(archive.parent.iterdir()) == [archive]
+    assert archive.stat().st_mode & 0o777 == 0o600
 
     first = archive.read_bytes()
     archive.unlink()

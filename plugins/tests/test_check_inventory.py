@@ -64,7 +64,7 @@ def preflight(inventory: Path, *options: str | Path) -> tuple[int, str]:
         cwd=inventory.parents[1],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     return completed.returncode, completed.stdout + completed.stderr
 

@@ -715,3 +715,19 @@ def test_a_proxy_with_tls_needs_a_certificate(judge: Judge) -> None:
     result = judge(MONITORED | {"monitoring_proxy_tls": True}, flower_hosts=("one",), pki_hosts=())
 
     assert "no certificate for one" in result.about("monitoring_proxy_tls").what
+
+
+def test_alerts_that_go_nowhere_stop_the_run_unless_that_is_meant(judge: Judge) -> None:
+    result = judge(MONITORED, without=("alertmanager_webhook",), monitoring_hosts=("one",))
+    problem = result.about("alertmanager_webhook")
+    assert (problem.what, problem.file) == ("alertmanager_webhook is not set", MAIN)
+    assert "URL that alerts are posted to" in problem.allowed
+    assert '"" if nobody shall be told' in problem.allowed
+
+    # The vault's own variable may hold what the setting that needs it may.
+    result = judge(MONITORED | {"alertmanager_webhook": "{{ vault_alertmanager_webhook }}"}, monitoring_hosts=("one",))
+    problem = result.about("vault_alertmanager_webhook")
+    assert problem.file == VAULT
+    assert "URL that alerts are posted to" in problem.allowed
+
+    assert judge(MONITORED | {"alertmanager_webhook": ""}, monitoring_hosts=("one",)).code == 0

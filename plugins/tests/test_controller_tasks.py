@@ -86,7 +86,7 @@ def run(site: Path, *options: str) -> tuple[int, str]:
         cwd=site,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     return completed.returncode, completed.stdout + completed.stderr
 

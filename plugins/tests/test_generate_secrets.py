@@ -56,7 +56,7 @@ def make_secrets(inventory: Path, *options: str, **environment: str) -> tuple[in
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         stdin=subprocess.DEVNULL,
     )
     return completed.returncode, " ".join((completed.stdout + completed.stderr).split())
@@ -112,15 +112,20 @@ def test_an_encrypted_file_stays_encrypted_with_its_vault_id(inventory: Path, en
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("encrypted_with", "given", "told"),
     [
-        ([], 'is encrypted with the vault ID prod: give its password with ARGS=--ask-vault-pass or ARGS="--vault-id prod@FILE"'),
-        (["--vault-password-file", "{}/second"], "No vault password that was given opens"),
+        (
+            "prod@first",
+            [],
+            'is encrypted with the vault ID prod: give its password with ARGS=--ask-vault-pass or ARGS="--vault-id prod@FILE"',
+        ),
+        ("first", [], 'is encrypted: give its password with ARGS=--ask-vault-pass or ARGS="--vault-password-file FILE"'),
+        ("prod@first", ["--vault-password-file", "{}/second"], "No vault password that was given opens"),
     ],
 )
-def test_without_its_password_an_encrypted_file_is_left_as_it_is(inventory: Path, given: list[str], told: str) -> None:
+def test_without_its_password_an_encrypted_file_is_left_as_it_is(inventory: Path, encrypted_with: str, given: list[str], told: str) -> None:
     vault(inventory).write_text(PRESENT)
-    ansible_vault("encrypt", "--vault-id", "prod@first", vault(inventory), folder=inventory.parent)
+    ansible_vault("encrypt", "--vault-id", encrypted_with, vault(inventory), folder=inventory.parent)
     before = vault(inventory).read_bytes()
 
     code, output = make_secrets(inventory, *(word.format(inventory.parent) for word in given))
