@@ -82,7 +82,7 @@ def runtime() -> ModuleType:
 
 
 def names_in(value: Any) -> set[str]:
-    """Return the variables that a value's templates name, also in lists and dicts."""
+    """Return the variables that a value's templates name, also in lists and dicts, and as attributes of other hosts."""
     if isinstance(value, Mapping):
         return set().union(*map(names_in, value.values()))
     if isinstance(value, list | tuple):
@@ -90,9 +90,11 @@ def names_in(value: Any) -> set[str]:
     if not isinstance(value, str) or not re.search("{[{%]", value):
         return set()
     try:
-        return {node.name for node in jinja2.Environment(autoescape=True).parse(value).find_all(jinja2.nodes.Name)}
+        nodes = list(jinja2.Environment(autoescape=True).parse(value).find_all((jinja2.nodes.Name, jinja2.nodes.Const)))
     except jinja2.TemplateSyntaxError:
         return set()
+    attributes = {node.value for node in nodes if isinstance(node, jinja2.nodes.Const) and isinstance(node.value, str)}
+    return {node.name for node in nodes if isinstance(node, jinja2.nodes.Name)} | attributes & all_options()
 
 
 #: What a value is not, by the type that Ansible's argument specs could not convert it to.

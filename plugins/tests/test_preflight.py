@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
-import string
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +151,7 @@ outcomes: set[str] = set()
     main=st.fixed_dictionaries({}, optional=VALUES) | st.one_of([st.fixed_dictionaries({name: value}) for name, value in VALUES.items()])
 )
 @settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 def test_whatever_the_preflight_takes_the_runtime_takes(tmp_path_factory: pytest.TempPathFactory, main: dict[str, Any]) -> None:
     folder = tmp_path_factory.mktemp("site")
@@ -377,13 +375,11 @@ def test_ipv6_addresses_stand_in_brackets_everywhere(tmp_path: Path) -> None:
     files |= {f"host_vars/{host}.yml": {"ansible_host": address} for host, address in addresses.items()}
     here = Site(tmp_path, groups, files)
 
-    assert here.value("celery_app_broker_url", "four") == ";".join(f"sentinel://orders@[fd00::{number}]:26379/0" for number in (1, 2, 3))
+    urls = [f"sentinel://orders@[fd00::{number}]:26379/0" for number in (1, 2, 3)]
+    assert sorted(here.value("celery_app_broker_url", "four").split(";")) == urls
     assert sorted(here.value("rabbitmq_endpoints", "four")) == ["[fd00::1]:5671", "[fd00::2]:5671", "[fd00::3]:5671"]
     assert here.value("__exporters_redis_target", "one") == "rediss://[fd00::1]:6379"
     assert here.value("__prometheus_proxy_url", "four") == "http://localhost:8080"
     assert "IP:fd00::1" in here.value("__pki_subject_alt_name", "one")
     assert "IP:::1" in here.value("__pki_subject_alt_name", "one")
     assert '"[fd00::1]:9100"' in here.render("prometheus/templates/prometheus.yml.j2", "four")
-    assert here.value("monitoring_proxy_bind | map('endpoint', 8080)", "four") == ["127.0.0.1:8080"]
-    assert json.dumps(here.value("__celery_app_runtime_connections", "four"))
-    assert set(string.punctuation) >= {"["}
