@@ -55,7 +55,8 @@ class Site:
         """Return the variables that a role's tasks have on a host."""
         own = self.manager.get_vars(host=self.inventory.get_host(host))
         magic = {"role_path": str(REPOSITORY / "roles" / role), "ansible_facts": FACTS, "hostvars": self.hostvars}
-        return self._of_roles("defaults") | own | self._of_roles("vars") | magic | {"ansible_play_hosts": list(self.inventory.hosts)}
+        magic |= {"ansible_play_hosts": list(self.inventory.hosts), "ansible_play_role_names": [*ROLES]}
+        return self._of_roles("defaults") | own | self._of_roles("vars") | magic
 
     def value(self, expression: str, host: str = "one") -> Any:
         """Return what an expression over the variables of a host stands for."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +309,20 @@ def test_redbeat_needs_a_redis_not_a_name_like_it(tmp_path: Path) -> None:
     for number, (url, expected) in enumerate(urls.items()):
         problems = site(tmp_path / str(number), celery_app_broker_url=url, **main).judge("celery_beat")
         assert [text.partition(" is")[0] + " is" for text in told(problems)] == expected, url
+
+
+def test_a_file_that_is_no_yaml_is_named_with_its_line(tmp_path: Path) -> None:
+    site(tmp_path)
+    (tmp_path / "group_vars/all/main.yml").write_text("a: 1\nb: [1, 2\nc: 3\n")
+    completed = subprocess.run(
+        [Path(sys.executable).with_name("ansible-playbook"), "-i", tmp_path, REPOSITORY / "playbooks" / "preflight.yml"],
+        env=os.environ | {"ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+    assert completed.returncode != 0
+    assert f"Origin: {tmp_path}/group_vars/all/main.yml:3:" in completed.stderr
 
 
 # --- What roles make of an inventory ---
