@@ -14,7 +14,7 @@ import importlib.machinery
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,6 +50,8 @@ MAY_HOLD_CONTROL = {
 }
 #: Names of hosts, which become labels, file names and parts of patterns.
 HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+#: Stands for a value that cannot be told yet.
+UNKNOWN = object()
 #: Releases of Debian that the tests run on.
 SUPPORTED_DEBIAN = ("12", "13")
 #: How alike a name must be to a known one to be taken for a typing error (difflib's ratio, 0 to 1).
@@ -92,7 +94,7 @@ def runtime() -> ModuleType:
 
 
 def names_in(value: Any) -> set[str]:
-    """Return the variables that a value's templates name, also in lists and dicts."""
+    """Return the variables that a value's templates name, also in lists and dicts, and as attributes of other hosts."""
     if isinstance(value, Mapping):
         return set().union(*map(names_in, value.values()))
     if isinstance(value, list | tuple):
@@ -100,26 +102,38 @@ def names_in(value: Any) -> set[str]:
     if not isinstance(value, str) or not re.search("{[{%]", value):
         return set()
     try:
-        return {node.name for node in jinja2.Environment(autoescape=True).parse(value).find_all(jinja2.nodes.Name)}
+        nodes = list(jinja2.Environment(autoescape=True).parse(value).find_all((jinja2.nodes.Name, jinja2.nodes.Const)))
     except jinja2.TemplateSyntaxError:
         return set()
+    attributes = {node.value for node in nodes if isinstance(node, jinja2.nodes.Const) and isinstance(node.value, str)}
+    return {node.name for node in nodes if isinstance(node, jinja2.nodes.Name)} | attributes & all_options()
 
 
-def in_words(message: str) -> str:
-    """Return what an error message of Ansible's argument specs means, as said of the variable that it names."""
-    found = "" if not (inside := re.search(r" found in '?([\w. >-]+?)'?(\.|$| is of)", message)) else f" (in {inside[1]})"
+#: What a value is not, by the type that Ansible's argument specs could not convert it to.
+NOT_OF_TYPE = {
+    "int": "no whole number",
+    "float": "no number",
+    "bool": "neither true nor false",
+    "list": "no list",
+    "dict": "no mapping",
+    "str": "no text",
+    "path": "no path",
+}
+
+
+def in_words(message: str) -> tuple[str, str]:
+    """Return what an error message of Ansible's argument specs says of the variable that it is about, and what is allowed or ''."""
+    deep = " found in" in message
     if wrong := re.search(r"(?:argument|option) '(\w+)'.* is of type .* unable to convert to (\w+)", message):
-        kinds = {"int": "no whole number", "float": "no number", "bool": "neither true nor false", "list": "no list"}
-        kinds |= {"dict": "no mapping", "str": "no text", "path": "no path"}
-        kind = kinds.get(wrong[2], f"no {wrong[2]}")
-        return f"has {wrong[1]}, which is {kind}" if found else f"is {kind}"
-    if wrong := re.match(r"value of (\w+) must be one (?:or more )?of: (.*?), got: (.*?)( found in|$)", message):
-        return f"has {wrong[1]}: {wrong[3]}; allowed there: {wrong[2]}" if found else f"is {wrong[3]}"
+        kind = NOT_OF_TYPE.get(wrong[2], f"no {wrong[2]}")
+        return (f"has {wrong[1]}, which is {kind}" if deep else f"is {kind}"), ""
+    if wrong := re.match(r"value of (\w+) must be one (?:or more )?of: (.*?)[,.] [gG]ot(?: no match for)?: (.*?)( found in|$)", message):
+        return (f"has {wrong[1]} {wrong[3]}" if deep else f"is {wrong[3]}"), f"one of {wrong[2]}"
     if wrong := re.match(r"missing required arguments: (.*?)( found in|$)", message):
-        return f"has an entry without {wrong[1]}"
+        return f"has an entry without {wrong[1]}", ""
     if wrong := re.match(r"([\w.]+?)\.([\w, .]+)\. Supported parameters include: (.*?)\.?$", message):
-        return f"has {wrong[2].replace(f'{wrong[1]}.', '')}; known there: {wrong[3]}"
-    return f"does not fit: {message}"
+        return f"has {wrong[2].replace(f'{wrong[1]}.', '')}, which is unknown", f"{wrong[3]}"
+    return f"does not fit: {message}", ""
 
 
 def unknown_names(names: set[str]) -> Iterator[tuple[str, str]]:
@@ -268,11 +282,17 @@ class ActionModule(ActionBase):
 
         # What is missing was reported above, with the file that should set it.
         optional = {name: {**option, "required": False} for name, option in options.items()}
+        runtime_layers, unknown = self._task.args.get("runtime_settings") or [], set()
         checked = ArgumentSpecValidator(optional).validate(values)
         for message in checked.error_messages:
             name = next((name for name in sorted(values, key=len, reverse=True) if name in message), "")
-            self._unfit.add(name)
-            yield self._problem(name or role, in_words(message), self._allowed(name))
+            told = message.partition("Supported parameters")[0]
+            if settings := {key for key in values[name] if re.search(rf"\b{key}\b", told)} if name in runtime_layers else set():
+                unknown |= settings
+            else:
+                self._unfit.add(name)
+            what, allowed = in_words(message)
+            yield self._problem(name or role, what, allowed or self._allowed(name))
 
         for name in [name for name, value in values.items() if name not in MAY_HOLD_CONTROL and holds_control(name, value)]:
             self._unfit.add(name)
@@ -283,52 +303,67 @@ class ActionModule(ActionBase):
                 if problem := secret_problem(secret):
                     name = self._origin(secret)
                     yield self._problem(name or path, problem, self._allowed("password"), name or variable)
-        yield from self._runtime_problems()
+        yield from self._runtime_problems({name: value for name, value in values.items() if name not in self._unfit}, unknown)
         yield from self._broken_rules(without_none(checked.validated_parameters))
 
-    def _runtime_problems(self) -> Iterator[str]:
-        """Yield what the runtime package would refuse, said of the role's variables."""
-        variables: dict[str, str] = {}
-        texts: dict[str, str] = {}
-        unknown = set()
+    def _runtime_problems(self, values: dict[str, Any], unknown: set[str]) -> Iterator[str]:
+        """Yield what the runtime package would refuse, said of the role's variables.
+
+        `values` are those of the role's options that are known, and `unknown` the settings that cannot be judged.
+        """
         layers = [*(self._task.args.get("runtime_settings") or []), *filter(None, [self._task.args.get("runtime_secrets")])]
-        for layer in layers:
-            entries = self._vars.get(layer, {})
-            if not isinstance(entries, Mapping):
-                entries = self._templar.template(entries) if self._depends_on_none_of(self._unfit, layer) else {}
-            for setting, raw in entries.items():
-                public = next((name for name in re.findall(r"\w+", str(raw)) if name in all_options()), layer)
-                variables[setting] = public if layer.startswith("_") else f"{layer}.{setting}"
-                texts.pop(setting, None)
-                if not self._depends_on_none_of(self._unfit, layer if not layer.startswith("_") else "", *names_in(raw)):
-                    unknown.add(setting)
-                    continue
-                try:
-                    value = self._templar.template(raw)
-                except AnsibleError as error:
-                    unknown.add(setting)
-                    yield self._missing(error) or self._unreadable(variables[setting], error)
-                    continue
-                if value is not None:
-                    texts[setting] = value if isinstance(value, str) else json.dumps(value)
         if not layers:
             return
-        secrets = {name: texts.pop(name) for name in list(texts) if runtime().is_secret(name)}
+        templar = self._templar.copy_with_new_env(available_variables=self._vars | values)
+        variables: dict[str, str] = {}
+        texts: dict[str, str] = {}
+        for layer in layers:
+            entries = values.get(layer, {}) if layer in all_options() else self._vars[layer]
+            if not isinstance(entries, Mapping):
+                entries = yield from self._evaluated(templar, layer, entries)
+            for name, raw in {} if entries is UNKNOWN else entries.items():
+                of_template = next((word for word in re.findall(r"\w+", str(raw)) if word in all_options()), "")
+                variables[name] = f"{layer}.{name}" if layer in all_options() else of_template or variables.get(name, "")
+                value = yield from self._evaluated(templar, variables[name] or layer, raw)
+                texts.pop(name, None)
+                if value is UNKNOWN:
+                    unknown.add(name)
+                elif value is not None:
+                    texts[name] = value if isinstance(value, str) else json.dumps(value)
+        texts = {name: text for name, text in texts.items() if name not in unknown}
+        fields = runtime().Settings.model_fields
+        secrets = {name: texts.pop(name) for name in list(texts) if name in fields and runtime().is_secret(name)}
         environment = {f"{runtime().PREFIX}{name.upper()}": text for name, text in texts.items()}
+        others = next((layer for layer in layers if layer in all_options()), "")
         for text in runtime().planned_problems(environment, secrets, unknown):
-            yield self._as_problem(text, variables)
+            yield self._as_problem(text, variables, others)
 
-    def _as_problem(self, text: str, variables: Mapping[str, str]) -> str:
-        """Return a text of the runtime package as a problem of the role's variables, which it knows by settings."""
-        subject, path, what, allowed = re.fullmatch(
-            rf"{runtime().PREFIX}([A-Z_]+)(\S*) (.*?)(?:; allowed: (.*))?", text, re.DOTALL
-        ).groups()
+    def _evaluated(self, templar: Any, name: str, raw: Any) -> Generator[str, None, Any]:
+        """Return what a template stands for, or UNKNOWN if it depends on what is missing or does not fit; yield what is missing."""
+        if not self._fits(*names_in(raw)):
+            return UNKNOWN
+        try:
+            return templar.template(raw)
+        except AnsibleError as error:
+            yield self._missing(error) or self._unreadable(name, error)
+            return UNKNOWN
+
+    def _as_problem(self, text: str, variables: Mapping[str, str], others: str) -> str:
+        """Return a text of the runtime package as a problem of the role's variables, which it knows by settings.
+
+        `others` is the variable that would hold the settings that are not among these.
+        """
+
+        def variable(setting: str) -> str:
+            return variables.get(setting.lower()) or (f"{others}.{setting.lower()}" if others else setting.lower())
 
         def ours(words: str) -> str:
-            words = re.sub(rf"{runtime().PREFIX}([A-Z_]+)", lambda found: variables.get(found[1].lower(), found[1].lower()), words)
-            return re.sub(r"\ba credential (\w+)", lambda found: variables.get(found[1], found[1]), words)
+            words = re.sub(rf"{runtime().PREFIX}([A-Z_]+)", lambda found: variable(found[1]), words)
+            return re.sub(r"\ba credential (\w+)", lambda found: variable(found[1]), words)
 
-        name = variables.get(subject.lower(), subject.lower())
+        form = rf"{runtime().PREFIX}([A-Z_]+)(\S*) (.*?)(?:; allowed: (.*))?"
+        subject, path, what, allowed = re.fullmatch(form, text, re.DOTALL).groups()
+        name = variable(subject)
         return self._problem(name + path, ours(what), ours(allowed or self._allowed(name)), name.partition(".")[0])
 
     def _problems_of_host(self) -> Iterator[str]:
@@ -357,7 +392,7 @@ class ActionModule(ActionBase):
         templar = self._templar.copy_with_new_env(available_variables=self._vars | values)
         for rule in self._task.args.get("rules") or []:
             name = rule["variable"]
-            if not self._depends_on_none_of(self._unfit, *names_in(f"{{{{ {rule['that']} }}}}")):
+            if not self._fits(*names_in(f"{{{{ {rule['that']} }}}}")):
                 continue
             try:
                 if templar.evaluate_conditional(rule["that"]):
@@ -373,12 +408,12 @@ class ActionModule(ActionBase):
                 what = "is empty" if found in ("", [], {}) else f"is {json.dumps(found)}" if shown_plainly else "is wrong"
             yield self._problem(name, what, rule["allowed"], file=rule.get("file", ""))
 
-    def _depends_on_none_of(self, unfit: set[str], *names: str) -> bool:
-        """Tell whether none of these variables is unfit, nor what their templates name, however deep."""
+    def _fits(self, *names: str) -> bool:
+        """Tell whether none of these variables is missing or of the wrong type, nor what their templates name, however deep."""
         seen: set[str] = set()
         waiting = set(names)
         while waiting:
-            if waiting & unfit:
+            if waiting & self._unfit:
                 return False
             seen |= waiting
             waiting = {name for known in waiting for name in self._names_of(known)} - seen
@@ -435,6 +470,8 @@ class ActionModule(ActionBase):
         if SECRET_NAME.search(name):
             return f"at least {MIN_SECRET_LENGTH} characters, on one line, and no example; `make secrets` writes good ones"
         option = next((role_options(role.name)[name] for role in ROLES.iterdir() if name in role_options(role.name)), {})
+        if name.startswith("vault_"):
+            return "a secret; `make secrets` writes random ones"
         if "choices" in option:
             return "one of " + ", ".join(str(choice) for choice in option["choices"])
         return str(option.get("description", "see the roles' READMEs"))

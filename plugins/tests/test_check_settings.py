@@ -318,7 +318,7 @@ def test_good_settings_pass(judge: Judge) -> None:
     ("settings", "variable", "what", "allowed"),
     [
         pytest.param({"redis_bindd": []}, "redis_bindd", "is not a variable of this project", "redis_bind, perhaps", id="misspelt"),
-        pytest.param({"redis_port": "abc"}, "redis_port", "cannot be converted to an int", "1 to 65535", id="port no number"),
+        pytest.param({"redis_port": "abc"}, "redis_port", "is no whole number", "1 to 65535", id="port no number"),
         pytest.param(
             {"celery_app_timezone": "UTC\nX=1"},
             "celery_app_timezone",
@@ -380,7 +380,7 @@ def test_good_settings_pass(judge: Judge) -> None:
             {"celery_app_soft_time_limit": 901},
             "celery_app_soft_time_limit",
             "is 901",
-            "more than 0 and less than celery_app_time_limit",
+            "less than celery_app_time_limit, 900",
             id="soft limit above hard limit",
         ),
         pytest.param(
@@ -393,8 +393,8 @@ def test_good_settings_pass(judge: Judge) -> None:
         pytest.param(
             {"celery_app_routes": {"orders.*": {"queue": "nowhere"}}},
             "celery_app_routes",
-            '"nowhere"',
-            "routes to queues that celery_app_queues names",
+            "sends orders.* to nowhere",
+            "one of celery_app_queues, critical, default",
             id="route to unknown queue",
         ),
     ],
@@ -536,7 +536,7 @@ def test_sentinels_that_cannot_decide_stop_the_run(
     result = judge(REPLICATED | settings, redis_hosts=THREE, sentinel_hosts=sentinels, pki_hosts=(*THREE, "four"))
 
     assert result.code != 0
-    assert {problem.what.split()[0] for problem in result.problems} == {variable}, result.message
+    assert all(problem.what.startswith(f"{variable} ") for problem in result.problems), result.message
     problem = result.problems[0]
     assert what in problem.what
     assert problem.file == file
@@ -670,7 +670,7 @@ def test_a_site_with_flower_alone_passes(judge: Judge, flower: str, settings: di
 @pytest.mark.parametrize(
     ("settings", "variable", "what", "allowed"),
     [
-        pytest.param({"monitoring_proxy_users": []}, "monitoring_proxy_users", "is wrong", "at least one person", id="nobody"),
+        pytest.param({"monitoring_proxy_users": []}, "monitoring_proxy_users", "is empty", "at least one person", id="nobody"),
         pytest.param(
             {"monitoring_proxy_users": [MONITORED["monitoring_proxy_users"][0] | {"name": "a:b"}]},
             "monitoring_proxy_users",
@@ -689,7 +689,7 @@ def test_a_site_with_flower_alone_passes(judge: Judge, flower: str, settings: di
         pytest.param(
             {"monitoring_proxy_tls": False, "monitoring_proxy_bind": ["*"]}, "monitoring_proxy_bind", 'has ["*"]', "without TLS", id="plain"
         ),
-        pytest.param({"celery_flower_users": []}, "celery_flower_users", "is wrong", "would let everyone in", id="Flower of everyone"),
+        pytest.param({"celery_flower_users": []}, "celery_flower_users", "is empty", "would let everyone in", id="Flower of everyone"),
         pytest.param(
             {"celery_flower_options": {"read_only": False}}, "celery_flower_options", 'has ["read_only"]', "no variable", id="option"
         ),
@@ -697,8 +697,8 @@ def test_a_site_with_flower_alone_passes(judge: Judge, flower: str, settings: di
         pytest.param(
             {"celery_monitor_broker_url": "redis://monitoring:x@one/0"},
             "celery_monitor_broker_url",
-            'has "a password"',
-            "a URL without password",
+            "is 'redis://monitoring:********@one/0'",
+            "must hold no password",
             id="password in the URL",
         ),
     ],

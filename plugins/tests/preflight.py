@@ -1,0 +1,89 @@
+"""A role's preflight run in this process, without a playbook: a test takes milliseconds, not seconds."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ansible.inventory.manager import InventoryManager
+from ansible.parsing.dataloader import DataLoader
+from ansible.playbook.play_context import PlayContext
+from ansible.playbook.task import Task
+from ansible.plugins.loader import connection_loader, filter_loader, init_plugin_loader
+from ansible.template import Templar, trust_as_template
+from ansible.vars.hostvars import HostVars
+from ansible.vars.manager import VariableManager
+
+import check_settings
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FACTS = {"distribution": "Debian", "distribution_major_version": "13", "distribution_version": "13.1", "memtotal_mb": 1000}
+FACTS |= {"virtualization_role": "guest", "virtualization_type": "podman", "fqdn": "one.example", "hostname": "one", "default_ipv4": {}}
+#: Roles in whose defaults and vars the variables of the others are looked for, in the order of playbooks/preflight.yml.
+ROLES = ("pki", "redis", "redis_sentinel", "rabbitmq", "celery_app", "celery_worker", "celery_beat", "celery_monitor", "monitoring_proxy")
+ROLES += ("celery_flower", "exporters", "prometheus", "alertmanager")
+
+init_plugin_loader()
+filter_loader.add_directory(str(REPOSITORY / "plugins" / "filter"))
+
+
+class Site:
+    """An inventory in a folder, as its hosts see it."""
+
+    def __init__(self, folder: Path, groups: dict[str, list[str]], files: dict[str, dict[str, Any]]) -> None:
+        hosts = {"all": {"children": {group: {"hosts": dict.fromkeys(names)} for group, names in groups.items()}}}
+        for name, content in {"hosts.yml": hosts, **files}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(yaml.safe_dump(content))
+        self.loader = DataLoader()
+        self.inventory = InventoryManager(self.loader, sources=[str(folder)])
+        self.manager = VariableManager(self.loader, self.inventory)
+        self.hostvars = HostVars(self.inventory, self.manager, self.loader)
+
+    def _of_roles(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for role in ROLES:
+            path = REPOSITORY / "roles" / role / name / "main.yml"
+            if path.exists():
+                found |= self.loader.load_from_file(str(path), trusted_as_template=True) or {}
+        return found
+
+    def variables(self, host: str = "one", role: str = "celery_app") -> dict[str, Any]:
+        """Return the variables that a role's tasks have on a host."""
+        own = self.manager.get_vars(host=self.inventory.get_host(host))
+        magic = {"role_path": str(REPOSITORY / "roles" / role), "ansible_facts": FACTS, "hostvars": self.hostvars}
+        magic |= {"ansible_play_hosts": list(self.inventory.hosts), "ansible_play_role_names": [*ROLES]}
+        return self._of_roles("defaults") | own | self._of_roles("vars") | magic
+
+    def value(self, expression: str, host: str = "one") -> Any:
+        """Return what an expression over the variables of a host stands for."""
+        return Templar(self.loader, variables=self.variables(host)).evaluate_expression(trust_as_template(expression))
+
+    def render(self, template: str, host: str = "one") -> str:
+        """Return a role's template (`celery_app/templates/celery.env.j2`) as the host gets it."""
+        role = template.partition("/")[0]
+        variables = self.variables(host, role) | {"ansible_managed": "Ansible managed"}
+        text = (REPOSITORY / "roles" / template).read_text()
+        return str(Templar(self.loader, variables=variables).template(trust_as_template(re.sub("{{ ansible_managed.*", "", text))))
+
+    def judge(self, role: str = "celery_app", host: str = "one") -> list[str]:
+        """Return the problems that a role's preflight finds on a host."""
+        variables = self.variables(host, role)
+        tasks = self.loader.load_from_file(str(REPOSITORY / "roles" / role / "tasks" / "preflight.yml"), trusted_as_template=True)
+        templar = Templar(self.loader, variables=variables)
+        problems: list[str] = []
+        for found in tasks:
+            if "check_settings" in found:
+                task = Task()
+                task.args = templar.template(found["check_settings"])
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    action = check_settings.ActionModule(
+                        task, connection_loader.get("local", PlayContext()), PlayContext(), self.loader, templar, None
+                    )
+                result = action.run(task_vars=variables | {"check_settings_collect": True})
+                problems += result["ansible_facts"]["settings_problems"]
+        return problems
