@@ -143,9 +143,10 @@ def test_each_queue_answers(queues: Site) -> None:
     # What came too late does nothing, and is no dead letter.
     with queues.worker("--queues=default,critical,batch"):
         assert cli(queues, "round-trip").stdout.count(" ms\n") == 3
-        app = queues.producer()
-        assert store_of(app).list() == []
-        assert "celery_platform.ping" not in cli(queues, "check").stdout
+        # Nor does what a hostile message brings along.
+        hostile = "send_task('celery_platform.ping', (1, {'a': 2}), {'x': 3}, queue='default', ignore_result=False).get(timeout=20)"
+        assert queues.run("python", "-c", f"from celery_platform.worker import app; print(app.{hostile})").stdout == "pong\n"
+        assert store_of(queues.producer()).list() == []
 
 
 def test_a_broker_that_is_away_is_told(queues: Site) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -45,6 +48,48 @@ def test_config_tells_where_each_value_is_from_and_no_secret(site: Site) -> None
     assert "Europe/Berlin" in shown
     for secret in ("br0ker", "res3lt", "sentin3l", "h00k"):
         assert secret not in shown + json.dumps(rows)
+
+
+def test_config_shows_values_as_they_are_written(site: Site) -> None:
+    site.write("from celery import Celery\napp = Celery('shop')\n")
+    (site.folder / "ca.crt").touch()
+    site.set(
+        broker_url="amqps://shop@a//",
+        time_limit="1000",
+        queues='["default", {"name": "batch", "priority": 1}]',
+        routes='{"a.*": {"queue": "batch"}}',
+    )
+    site.set(tls_ca_file=str(site.folder / "ca.crt"))
+    site.environment["TZ"] = "UTC"
+    rows = [line.split("\t") for line in cli(site, "config").stdout.splitlines()]
+    assert rows[0] == ["Name", "Value", "From"]
+    shown = {name: (value, source) for name, value, source in rows}
+    assert shown["task_soft_time_limit"] == ("600", "default")
+    assert shown["task_time_limit"] == ("1000", "environment")
+    assert shown["CELERY_PLATFORM_QUEUES"] == ('["default", {"name": "batch", "priority": 1}]', "environment")
+    assert shown["task_queues"] == ('["default", "batch"]', "environment")
+    assert shown["task_routes"] == ('{"a.*": {"queue": "batch"}}', "environment")
+    assert shown["timezone"] == ("UTC", "environment")
+    assert shown["broker_url"] == ("amqps://shop@a//", "environment")
+    assert shown["broker_heartbeat"] == ("20", "default")
+    assert '"cert_reqs": "CERT_REQUIRED"' in shown["broker_use_ssl"][0]
+    assert not [value for value, _ in shown.values() if value in ("null", "") or re.search(r"<|object|kombu\.|  ", value)]
+
+
+def test_a_table_fits_its_terminal(site: Site) -> None:
+    site.write("from celery import Celery\napp = Celery('shop')\n")
+    site.set(broker_url="redis://a/0")
+    command = f"stty cols 100; {sys.executable} -m celery_platform.cli config"
+    lines = subprocess.run(
+        ["script", "-qec", command, "/dev/null"],
+        env=os.environ | site.environment,
+        cwd=site.folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert len(lines) > 50
+    assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in lines) <= 100
 
 
 def test_bad_settings_are_told(site: Site) -> None:

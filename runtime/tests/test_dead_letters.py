@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from collections import Counter
@@ -176,6 +177,12 @@ def test_every_kind_of_failure_is_kept_and_replayed_once(shop: Site) -> None:
             "nameless": "invalid",
         }
         assert [letter.reason for id, letter in letters.items() if len(id) == 64] == ["invalid"]
+        logged = re.findall(
+            r"ERROR MainProcess celery_platform.dead_letters .*Task (\S+)\[(.*)\] of queue default is a dead letter: (.*)", shop.log()
+        )
+        assert {id: reason for _, id, reason in logged} == {id: letter.reason for id, letter in letters.items()}
+        assert ("fails", "fails", "failed") in logged
+        assert "s3cret" not in shop.log()
         assert ran(shop) == {"waits": 5, "works": 1, "retries": 2, "dies": 3, "fails": 1}
 
         fails = letters["fails"]

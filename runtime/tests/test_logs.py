@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -156,6 +157,41 @@ def test_rotation_loses_no_line(shop: Site) -> None:
         assert everywhere.count(f"line-{number}-end") == 1
     assert all((shop.folder / f"file.log.{turn}").read_text() for turn in range(3))
     assert shop.log().count("-end\n") == 1500
+
+
+def test_a_file_is_set_aside_when_it_is_too_large(shop: Site) -> None:
+    shop.set(soft_time_limit="100", time_limit="200")
+    shop.write(SHOP + "\nfrom celery_platform import logs\nlogs.LARGEST_FILE = 100_000\n")
+    file, earlier = shop.folder / "file.log", shop.folder / "file.earlier.log"
+    with shop.worker(f"--logfile={file}", "--concurrency=3"):
+        for _ in range(3):
+            shop.producer().send_task("chatter", (700,))
+        wait_for("the end", lambda: shop.log().count("succeeded") == 3)
+        assert len(shop.log()) > 200_000
+        assert max(file.stat().st_size, earlier.stat().st_size) < 110_000
+        # What is left is the end, without a gap.
+        written = [line for line in shop.log().splitlines() if "-end" in line]
+        kept = [line for line in (earlier.read_text() + file.read_text()).splitlines() if "-end" in line]
+        assert sorted(kept) == sorted(written[-len(kept) :])
+        assert len(kept) > 500
+    assert {path.name for path in shop.folder.glob("file*")} == {"file.log", "file.earlier.log"}
+
+
+def test_the_journal_gets_no_second_time(shop: Site) -> None:
+    """Standard error is the journal where JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
+    file = shop.folder / "file.log"
+    (shop.folder / "worker.log").touch()
+    status = (shop.folder / "worker.log").stat()
+    shop.environment["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
+    with shop.worker(f"--logfile={file}"):
+        pass
+    ready = r"INFO MainProcess celery\.apps\.worker celery@\S+ ready\.$"
+    assert re.search(rf"^{ready}", shop.log(), re.MULTILINE)
+    assert re.search(rf"^\d{{4}}-\S+Z {ready}", file.read_text(), re.MULTILINE)
+    shop.environment["JOURNAL_STREAM"] = f"{status.st_dev}:1"
+    with shop.worker():
+        pass
+    assert re.search(rf"^\d{{4}}-\S+Z {ready}", shop.log(), re.MULTILINE)
 
 
 def in_process(site: Site, code: str, **settings: str) -> str:

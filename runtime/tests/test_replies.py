@@ -172,6 +172,29 @@ def test_flower_shows_no_secret(shop: Site) -> None:
     assert {name: found for name, text in shown.items() if (found := leaks(text))} == {}
 
 
+@pytest.mark.parametrize("shop", ["redis", "sentinel"], indirect=True)
+def test_who_asks_waits_no_longer_than_for_the_last_answer(shop: Site) -> None:
+    options = ("--queues=default", "--without-gossip", "--without-mingle")
+    shop.write(SHOP + "\n@inspect_command()\ndef slowly(state):\n    time.sleep('two' in state.hostname)\n    return state.hostname\n")
+    ask = """
+import time
+from celery_platform.worker import app
+app.control.ping(timeout=5)
+for command in ("ping", "slowly"):
+    start = time.monotonic()
+    answers = app.control.broadcast(command, reply=True, timeout=5)
+    assert len(answers) == 2, answers
+    assert time.monotonic() - start < 4
+start = time.monotonic()
+assert [*app.control.inspect(destination=["one@here"], timeout=5).ping()] == ["one@here"]
+assert time.monotonic() - start < 4
+assert app.control.inspect(destination=["none@here"], timeout=1).ping() is None
+assert [*app.control.inspect(pattern="t*", matcher="glob", timeout=1).ping()] == ["two@here"]
+"""
+    with shop.worker("--hostname=one@here", *options), shop.worker("--hostname=two@here", *options):
+        shop.run("python", "-c", ask)
+
+
 def test_only_what_is_a_secret_is_hidden() -> None:
     answer = {
         "sentinel_kwargs": {"password": "a", "ssl_keyfile": "/k"},

@@ -82,6 +82,13 @@ def test_the_application_cannot_write_where_it_runs(node: Node) -> None:
     assert denied.stderr.count("Read-only file system") == 3
 
 
+@pytest.mark.parametrize("signal", ["TERM", "HUP", "INT"])
+def test_a_command_of_celery_exec_ends_with_who_called_it(node: Node, signal: str) -> None:
+    ended = node.host.run(f"echo $(timeout --signal={signal} 3 celery-exec sleep 300; echo $?)")
+    assert ended.stdout.strip() == "124"
+    assert node.host.check_output("systemctl list-units --no-legend 'celery-exec-*'") == ""
+
+
 def test_no_secret_is_readable_by_others(node: Node) -> None:
     """Look where secrets leak: command lines, environments, units, the journal, and every file that `nobody` can read."""
     found = node.python(

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -22,6 +23,7 @@ from urllib.parse import quote
 import click
 from celery import Celery
 from kombu import serialization
+from kombu.entity import Queue
 from kombu.exceptions import KombuError
 from pydantic import SecretStr
 from rich.console import Console
@@ -34,8 +36,6 @@ from celery_platform.queue_status import queues
 from celery_platform.settings import MASK, PREFIX, BadSettings, Settings, is_secret, load_settings
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-#: Columns of a table that goes to no terminal: enough that nothing is cut off.
-WIDTH = 240
 
 
 @click.group()
@@ -55,7 +55,7 @@ def config(as_json: bool) -> None:
         choices = configuration.apply(application.find(settings.application), settings)
     hide = hider(settings)
     ours = [(PREFIX + name.upper(), hide(_own(settings, name)), _source(name)) for name in Settings.model_fields]
-    theirs = [(choice.name, hide(choice.value), choice.source) for choice in choices]
+    theirs = [(choice.name, hide(choice.value), choice.source) for choice in configuration.in_force(choices, settings)]
     rows = [{"name": name, "value": value, "source": source} for name, value, source in ours + theirs]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
@@ -67,7 +67,9 @@ def _own(settings: Settings, name: str) -> Any:
     value = getattr(settings, name)
     if is_secret(name):
         return value and MASK
-    return settings.model_dump(mode="json", include={name})[name]
+    dumped: Any = settings.model_dump(mode="json", include={name}, exclude_none=True).get(name)
+    # As they can be written: a queue without a priority is its name.
+    return [queue["name"] if len(queue) == 1 else queue for queue in dumped] if name == "queues" else dumped
 
 
 def _source(name: str) -> str:
@@ -91,8 +93,12 @@ def hider(settings: Settings) -> Callable[[Any], Any]:
             return {str(key): MASK if "password" in str(key) and item else hide(item) for key, item in value.items()}
         if isinstance(value, (list, tuple, set)):
             return [hide(item) for item in value]
+        if isinstance(value, Enum):
+            return value.name
         if value is None or isinstance(value, (bool, int, float)):
             return value
+        if isinstance(value, Queue):
+            return hide(value.name)
         text = re.sub(r"(://[^/@\s:]*):[^/@\s]*@", rf"\1:{MASK}@", str(value))
         if callable(value):
             text = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
@@ -104,7 +110,9 @@ def hider(settings: Settings) -> Callable[[Any], Any]:
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    if value is None or value == "":
+        return "-"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 # --- check, round-trip ---
@@ -416,13 +424,18 @@ def _printable(text: str) -> str:
 
 
 def _print_table(columns: Any, rows: Any) -> None:
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    """Print a table that fits the terminal; to anything else, one row a line, with tabs between its cells."""
+    rows = [[_printable(cell) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        for row in (columns, *rows):
+            click.echo("\t".join(cell.replace("\n", " ") for cell in row))
+        return
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(_printable(cell)) for cell in row))
-    console.print(table)
+        table.add_row(*(Text(cell) for cell in row))
+    Console(highlight=False).print(table)
 
 
 if __name__ == "__main__":

@@ -109,3 +109,21 @@ def apply(app: Celery, settings: Settings) -> list[Choice]:
     app._backend_cache = None
     vars(app._local).pop("backend", None)
     return choices
+
+
+def in_force(choices: list[Choice], settings: Settings) -> list[Choice]:
+    """Return choices as an operator reads them: with the limits that workers have, and with what follows from the environment."""
+    scheme = settings.broker_url.partition("://")[0]
+    bare = celery_config(Settings.model_construct(application=settings.application, broker_url=f"{scheme}://"))
+    shown = []
+    for name, value, source in choices:
+        chosen, own = value, FROM_SETTINGS.get(name, "")
+        if value is None and own:
+            chosen = getattr(settings, own)
+        elif name == "task_routes" and source == "default":
+            chosen = settings.model_dump(mode="json", include={"routes"}, exclude_none=True)["routes"]
+            source = "environment" if chosen else source
+        elif source == "default" and (bare.get(name, value) != value or (name == "timezone" and "TZ" in os.environ)):
+            source = "environment"
+        shown.append(Choice(name, chosen, source))
+    return shown

@@ -52,6 +52,8 @@ CONFIRM_TIMEOUT = 10
 DELIVERY_LIMIT = 1_000_000
 #: One try at once beyond the first: for a pooled connection that has been closed since its last use.
 RETRY_POLICY = {"max_retries": 1, "interval_start": 0.1}
+#: Characters of a name or an id that the log shows of a dead letter, which anybody can send.
+LONGEST_NAME = 200
 #: Headers that tell of earlier deliveries, which a replayed task begins without.
 HISTORY = (
     "redelivered",
@@ -413,6 +415,11 @@ class Death(NamedTuple):
     traceback: str | None = None
 
 
+def _one_line(text: str) -> str:
+    """Return what a message says of itself as part of a line of the log: short, and without control characters."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text[:LONGEST_NAME])
+
+
 def _death_by(exception: BaseException, traceback: str | None) -> Death | None:
     """Return what an exception of a task means, as celery.worker.request judges it; None if the task lives on."""
     if isinstance(exception, ExceptionWithTraceback):
@@ -647,6 +654,9 @@ class CountingConsumer(Consumer):  # type: ignore[misc]
 
         def settle_and_tell() -> None:
             settle()
+            task, id, queue = (_one_line(text) for text in (letter.task, letter.id, letter.original.queue))
+            fields = {"task_name": task, "task_id": id, "queue": queue, "reason": letter.reason}
+            logger.error("Task %s[%s] of queue %s is a dead letter: %s", task, id, queue, letter.reason, extra=fields)
             if self.event_dispatcher:
                 where = {"name": letter.task, "queue": letter.original.queue}
                 self.event_dispatcher.send("task-dead-lettered", uuid=letter.id, reason=letter.reason, **where)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
 import functools
 import json
 import logging
@@ -36,6 +37,7 @@ from celery.worker.consumer import consumer as celery_consumer
 from celery.worker.request import Request
 from pydantic import SecretStr
 
+from celery_platform import systemd
 from celery_platform.queues import DELAY
 from celery_platform.settings import MASK, Settings
 
@@ -75,6 +77,9 @@ BELOW_TASK = re.compile(r'\n  File "[^"]*/celery/app/trace\.py", .*?(?=\n\n|\Z)'
 #: Seconds to wait for the first line of a stack, for any next one, and for all of them: the main process does nothing
 #: else meanwhile, and a process in uninterruptible sleep never answers.
 STACK_FIRST, STACK_NEXT, STACK_ALL = 0.5, 0.05, 1.0
+
+#: Bytes at which a log file is set aside.
+LARGEST_FILE = 100 * 1024 * 1024
 
 #: Attributes that any record has, and that formatters add.
 STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
@@ -200,11 +205,15 @@ def _time(record: logging.LogRecord) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """Writes `time level process logger [queue/task id #attempt] message`, and tracebacks below."""
+    """Writes `time level process logger [queue/task id #attempt] message`, and tracebacks below.
 
-    def __init__(self, mask: Mask) -> None:
+    The time is left out on request: the journal has its own.
+    """
+
+    def __init__(self, mask: Mask, with_time: bool = True) -> None:
         super().__init__()
         self.mask = mask
+        self.with_time = with_time
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the line without its traceback."""
@@ -214,7 +223,8 @@ class TextFormatter(logging.Formatter):
             queue = f"{fields['queue']}/" if fields.get("queue") else ""
             attempt = f" #{fields['attempt']}" if fields.get("attempt") else ""
             task = f"[{queue}{fields.get('task_name')} {fields['task_id']}{attempt}{' redelivered' if fields.get('redelivered') else ''}] "
-        return f"{_time(record)} {record.levelname} {record.processName} {record.name} {task}{record.message}"
+        time = f"{_time(record)} " if self.with_time else ""
+        return f"{time}{record.levelname} {record.processName} {record.name} {task}{record.message}"
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the whole text of a record."""
@@ -280,14 +290,29 @@ class Journal(_Handler, logging.StreamHandler[Any]):
 
 
 class File(_Handler, WatchedFileHandler):
-    """Writes to Celery's file, and opens it again once logrotate has replaced it."""
+    """Writes to Celery's file, and opens it again once logrotate has replaced it.
+
+    logrotate runs once a day: a file that is too large by then is set aside here (`critical.earlier.log`), and with it
+    the one that was set aside before is gone.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record; where the file cannot be opened again, WatchedFileHandler would raise that in the task."""
         try:
             super().emit(record)
+            if self.stream and os.fstat(self.stream.fileno()).st_size > LARGEST_FILE:
+                self._set_aside(self.stream.fileno())
         except OSError:
             self.handleError(record)
+
+    def _set_aside(self, file: int) -> None:
+        # A lock of the process: its children share the open file. It ends when the file is closed.
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        path = Path(self.baseFilename)
+        # Otherwise another process has done so.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file)):
+            path.replace(path.with_name(f"{path.stem}.earlier{path.suffix}"))
+        self.reopenIfNeeded()
 
 
 def _is_celerys(handler: logging.Handler, logfile: str | None) -> bool:
@@ -298,16 +323,16 @@ def _is_celerys(handler: logging.Handler, logfile: str | None) -> bool:
     return type(handler) is logging.StreamHandler and handler.stream is sys.__stderr__
 
 
-def _replace_handlers(target: logging.Logger, logfile: str | None, ours: logging.Formatter) -> None:
+def _replace_handlers(target: logging.Logger, logfile: str | None, ours: Callable[[type[logging.Handler]], logging.Formatter]) -> None:
     for old in [handler for handler in target.handlers if _is_celerys(handler, logfile)]:
         target.removeHandler(old)
         old.close()
         # Any other formatter is one that the application chose in these same signals.
-        formatter = ours if old.formatter is None or isinstance(old.formatter, ColorFormatter) else old.formatter
+        chosen = None if old.formatter is None or isinstance(old.formatter, ColorFormatter) else old.formatter
         if not any(isinstance(handler, Journal) for handler in target.handlers):
             handlers: list[logging.Handler] = [Journal(), *([File(logfile, encoding="utf-8")] if logfile else [])]
             for handler in handlers:
-                handler.setFormatter(formatter)
+                handler.setFormatter(chosen or ours(type(handler)))
                 target.addHandler(handler)
 
 
@@ -380,7 +405,13 @@ def install(app: Celery, settings: Settings) -> None:
     Record.mask = staticmethod(mask)
     Record.show_arguments = settings.log_arguments and settings.encryption == "off"
     logging.setLogRecordFactory(functools.partial(_make_record, logging.getLogRecordFactory()))
-    formatter = JsonFormatter(mask) if settings.log_format == "json" else TextFormatter(mask)
+    in_journal = systemd.stderr_is_journal()
+
+    def formatter(handler: type[logging.Handler]) -> logging.Formatter:
+        if settings.log_format == "json":
+            return JsonFormatter(mask)
+        return TextFormatter(mask, with_time=not (handler is Journal and in_journal))
+
     level = settings.log_level if "log_level" in settings.model_fields_set else None
 
     def set_up(logger: logging.Logger, logfile: str | None = None, **_: object) -> None:

@@ -15,6 +15,7 @@ by a reply that was lost with its connection returns after the visibility timeou
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from celery import Celery
+from kombu import pidbox
 from kombu import transport as transports
 from kombu.entity import TRANSIENT_DELIVERY_MODE
 from kombu.exceptions import OperationalError
@@ -47,6 +49,8 @@ WAKE_UP_EXPIRES = 60
 REFUSED_WAIT = 0.5
 #: A content type that nobody accepts: such a message becomes a dead letter.
 UNREADABLE = "application/octet-stream"
+#: Its `count`: how many heard the latest message that this thread published to all who listen.
+listeners = threading.local()
 
 #: KEYS: kombu's lists in the order they are looked at, then its index and its hash of unacknowledged messages.
 #: ARGV: the time, then for each list its queue, or nothing if its messages need no acknowledgement.
@@ -343,10 +347,34 @@ class _Channel:
         with _refusals_told():
             super()._queue_bind(*arguments)  # type: ignore[misc]
 
+    def _put_fanout(self: Any, exchange: str, message: dict[str, Any], routing_key: str, **options: Any) -> None:
+        """Publish to all who listen, and note how many these are."""
+        if options.get("_publish_batch") is not None:
+            super()._put_fanout(exchange, message, routing_key, **options)  # type: ignore[misc]
+            return
+        payload = dumps(message)
+        with self.conn_or_acquire() as client:
+            listeners.count = sum(client.publish(topic, payload) for topic in self._get_publish_topics(exchange, routing_key))
+
     def _size(self: Any, queue: str) -> int:
         """Return the length of a queue, for which a producer asks before its first message."""
         with _refusals_told():
             return int(super()._size(queue))  # type: ignore[misc]
+
+
+class Mailbox(pidbox.Mailbox):
+    """Asks workers by remote control, and waits no longer than until all who were asked have answered.
+
+    kombu waits until none has answered for a second (kombu/pidbox.py, _collect), since it does not know how many there
+    are. Redis tells it. Can go when kombu asks.
+    """
+
+    def _publish(self, *arguments: Any, **options: Any) -> Any:
+        listeners.count = None
+        return super()._publish(*arguments, **options)  # type: ignore[no-untyped-call]
+
+    def _collect(self, ticket: Any, limit: Any = None, *arguments: Any, **options: Any) -> Any:
+        return super()._collect(ticket, limit or getattr(listeners, "count", None), *arguments, **options)  # type: ignore[no-untyped-call]
 
 
 def _wake_key(queue: str) -> str:
@@ -438,3 +466,4 @@ def install(app: Celery, settings: Settings) -> None:
     for scheme, transport in ALIASES.items():
         transports.TRANSPORT_ALIASES[scheme] = f"{__name__}:{transport.__name__}"
         transports._transport_cache.pop(scheme, None)
+    app.control.mailbox.__class__ = Mailbox
