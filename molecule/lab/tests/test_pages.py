@@ -80,7 +80,7 @@ def test_nothing_is_cut_off_on_a_phone(browser: Browser, path: str) -> None:
         browser.resize(1200)
 
 
-def test_alerts_are_on_the_start_page_and_lead_to_their_runbooks(browser: Browser, node: Node) -> None:
+def test_alerts_are_on_the_start_page_can_be_silenced_and_lead_to_their_runbooks(browser: Browser, node: Node) -> None:
     """Alertmanager's own address shows it, too: notifications link to that."""
     alert = {
         "labels": {"alertname": "RedisDown", "severity": "ticket", "instance": "<img src=x onerror=alert(1)>"},
@@ -100,6 +100,13 @@ urllib.request.urlopen(urllib.request.Request(address, sys.argv[1].encode(), {"C
         browser.shows("#state li", "<img src=x onerror=alert(1)>")
         assert "firing" in browser.shows("#state h2").text
         assert browser.find("#state.page, #state.ticket")
+        browser.shows("#state button", "Silence for 4 hours").click()
+        browser.shows("#state li", "silenced")
+        silences = "amtool --alertmanager.url=http://127.0.0.1:9093/alertmanager/ silence query -q alertname=RedisDown 2>/dev/null"
+        assert len(node.host.check_output(silences).split()) == 1
+        browser.shows("#state button", "End the silence").click()
+        browser.shows("#state button", "Silence for 4 hours")
+        assert node.host.check_output(silences) == ""
         browser.shows("#state li a", "RedisDown").click()
         browser.shows("h1", "RedisDown")
     finally:
