@@ -71,12 +71,17 @@ lint: $(VENV)/test ## Lint and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	cd runtime && ../$(BIN)/mypy
 
-# The tests start servers and run tools of their own from these packages, make certificates, and judge alert rules (promtool). Installed as
-# if systemd were away, so that the packages' own services do not start.
+# Debian's packages that tests need on this machine. Installed as if systemd were away, so that the packages' own services do
+# not start.
+define packages
+@dpkg-query --show $(1) >/dev/null 2>&1 || { apt-get update -qq && \
+  SYSTEMD_OFFLINE=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }
+endef
+
+# The tests start servers and run tools of their own from these packages, make certificates, and judge alert rules (promtool).
 SERVERS := redis-server rabbitmq-server openssl prometheus prometheus-alertmanager nginx logrotate openssh-client
 unit: $(VENV)/test ## Unit tests of the plugins and the runtime package; the roles' documentation
-	@dpkg-query --show $(SERVERS) >/dev/null 2>&1 || { apt-get update -qq && \
-	  SYSTEMD_OFFLINE=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SERVERS) >/dev/null; }
+	$(call packages,$(SERVERS))
 	$(BIN)/pytest -q --numprocesses=2 --dist=loadfile
 
 coverage: $(VENV)/test ## How much of the runtime package its tests run
@@ -85,14 +90,19 @@ coverage: $(VENV)/test ## How much of the runtime package its tests run
 	COVERAGE_FILE=$(CURDIR)/.lab/coverage/data $(BIN)/coverage combine --quiet
 	COVERAGE_FILE=$(CURDIR)/.lab/coverage/data $(BIN)/coverage report --fail-under=90
 
+# The tests of the lab open its pages in a browser, which is told the lab's authority (certutil).
+BROWSER := chromium chromium-driver libnss3-tools
 molecule: $(VENV)/test ## The quickstart on Debian 12, the lab of several hosts on Debian 13
+	$(call packages,$(BROWSER))
 	PATH="$(CURDIR)/$(BIN):$$PATH" molecule/run
 
 test-all: lint unit ## All tests, on both releases; hours
+	$(call packages,$(BROWSER))
 	TEST_ALL=yes PATH="$(CURDIR)/$(BIN):$$PATH" molecule/run quickstart:bookworm quickstart:trixie lab:trixie lab:bookworm
 
 DRILLS := molecule/lab/inventory
 drills: $(VENV)/test ## Break a lab of six hosts again and again under a stream of tasks; print what became of them
+	$(call packages,$(BROWSER))
 	@rm -f .lab/drills.txt $(DRILLS)/group_vars/all/test_moved.yml
 	$(BIN)/ansible-playbook -i $(DRILLS) playbooks/lab.yml
 	$(BIN)/ansible-playbook -i $(DRILLS) site.yml

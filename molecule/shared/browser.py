@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nodes import wait_for
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
@@ -68,7 +70,10 @@ class Browser:
         """Wait until an element that the selector finds is seen, and has this text in it; return it."""
 
         def seen() -> WebElement | None:
-            return next((found for found in self.find(selector) if found.is_displayed() and text in found.text), None)
+            # A page that refreshes itself may replace an element while it is looked at.
+            with suppress(StaleElementReferenceException):
+                return next((found for found in self.find(selector) if found.is_displayed() and text in found.text), None)
+            return None
 
         found: WebElement = wait_for(f"{selector} with {text!r}", seen, seconds=seconds)
         return found

@@ -39,7 +39,7 @@ def rendered(source: Path, sources: set[str]) -> dict[str, Any]:
     Raises:
         RunbookError: if it has no title, or links to a runbook that does not exist.
     """
-    text = source.read_text()
+    text = source.read_text(encoding="utf-8")
     beginning = BEGINNING.match(text)
     if not beginning:
         raise RunbookError(f"{source} does not begin with a title (# …)")

@@ -30,7 +30,7 @@ NAME = r"[\w-][\w.-]*"
 
 def text_of(path: Path) -> str | None:
     """Return the text of a file; None if there is none, or something else in its place."""
-    return path.read_text(errors="replace") if path.is_file() and not path.is_symlink() else None
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() and not path.is_symlink() else None
 
 
 def differences(folder: Path, files: dict[str, str], only: bool) -> dict[str, tuple[str | None, str | None]]:
@@ -43,7 +43,7 @@ def differences(folder: Path, files: dict[str, str], only: bool) -> dict[str, tu
 
 def write(module: AnsibleModule, path: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new one."""
-    with tempfile.NamedTemporaryFile("w", dir=module.tmpdir, delete=False) as new:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=module.tmpdir, delete=False) as new:
         new.write(text)
     module.atomic_move(new.name, str(path))
 

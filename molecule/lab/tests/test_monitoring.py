@@ -138,7 +138,7 @@ def test_no_panel_is_empty(prometheus: Prometheus, traffic: None, dashboard: str
     wait_for("no empty panel", lambda: not empty(), seconds=90, every=5)
 
 
-@pytest.mark.parametrize("page", ["dashboards/", "dashboards/viewer.js", "dashboards/chart.js", "runbooks/RedisDown.md"])
+@pytest.mark.parametrize("page", ["dashboards/", "dashboards/viewer.js", "dashboards/chart.js", "runbooks/RedisDown.html"])
 def test_pages_are_there(prometheus: Prometheus, page: str) -> None:
     assert len(prometheus.get(f"user/{page}")) > 200
 
