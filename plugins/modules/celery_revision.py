@@ -7,8 +7,8 @@ DOCUMENTATION = r"""
 module: celery_revision
 short_description: Check and activate a revision of a Celery application on a host
 description:
-  - A revision is all that the services of an application run with: the release of its code, settings, credentials, sandbox and
-    units. Roles write the wanted one into the folder C(next); the one that runs is the link C(current).
+  - A revision is all that the services of an application run with, which is the release of its code, settings, credentials,
+    sandbox and units. Roles write the wanted one into the folder C(next); the one that runs is the link C(current).
   - To activate a revision, it is copied to C(revisions/<digest>), C(current) is pointed to it in one step, and services that
     were started with anything else are restarted one after the other. If one does not come up, C(current) is pointed back, and
     the services run as before.
