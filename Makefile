@@ -23,8 +23,7 @@ part    = printf '%-52s %10s s\n' '$(1)' $$(($$(date +%s) - $(2)))
 .PHONY: help deploy demo status ssh environment secrets destroy test lint unit coverage molecule test-all drills docs clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s
-", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 	@echo "  ENV=<name> chooses inventories/<name> (now: $(ENV)); ARGS=… goes to ansible-playbook."
 
 # What was deployed is shown also if it does not work.

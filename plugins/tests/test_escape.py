@@ -470,12 +470,12 @@ PLAIN = {
     # The roles' preflights allow letters, digits and a few signs; numbers; or one of a few words.
     *("celery_app_home", "celery_app_name", "celery_app_user", "pki_group", "rabbitmq_plugins"),
     *("celery_app_settings.log_level", "celery_app_settings.redis_transport", "worker.pool", "user.name", "name"),
-    *("worker.concurrency", "worker.max_memory_per_child", "worker[]", "item.port", "database"),
+    *("worker.concurrency", "worker.cpu_weight", "worker.max_memory_per_child", "worker[]", "item.port", "database"),
     # plugins/filter/flows.py has checked them; inetrc and epmd.conf test for an IPv4 address.
     *("flow.name", "flow.protocol", "flow.port", "flow.ipv4", "flow.ipv6", "address", "rabbitmq_address"),
     # Of the role itself, or set in the template, where what they are made of is looked at.
     *("ansible_managed", "backend.name", "backend.path", "backend.what", "backend.address", "capability", "collector", "here", "kind"),
-    *("ansible_facts[]", "interface", "options", "passwords", "prefix", "service", "tls", "type"),
+    *("…[]", "ansible_facts[]", "interface", "options", "passwords", "prefix", "service", "tls", "type"),
     # Lines of the program's own language, which people write: redis_settings, redis_users[].commands, firewall_extra_rules.
     *("value", "user.commands", "rule"),
 }
@@ -503,7 +503,7 @@ def written(node: nodes.Node, filters: set[str], ready: set[str]) -> Iterator[st
             pass
         case nodes.Name() | nodes.Getattr() | nodes.Getitem():
             name = dotted(node)
-            if name.partition(".")[0] not in ready and not re.fullmatch(r"__\w+|loop[.]\w+", name):
+            if name.partition(".")[0] not in ready and not re.fullmatch(r"__\w+(\[\])?|loop[.]\w+", name):
                 yield name
         case _:
             for child in node.iter_child_nodes():
