@@ -405,6 +405,9 @@ class ActionModule(ActionBase):
             what = f"has {json.dumps(found)}"
             if "found" not in rule:
                 shown_plainly = isinstance(found, bool | int | float | str) and not SECRET_NAME.search(name)
+                if shown_plainly:
+                    # What is made of it (a URL of a port) is wrong for no reason of its own.
+                    self._unfit.add(name)
                 what = "is empty" if found in ("", [], {}) else f"is {json.dumps(found)}" if shown_plainly else "is wrong"
             yield self._problem(name, what, rule["allowed"], file=rule.get("file", ""))
 

@@ -258,7 +258,7 @@ def test_a_missing_secret_belongs_into_the_vault(tmp_path: Path, example: bool) 
     ("main", "problem"),
     [
         ({"celery_app_environment": {"CELERY_PLATFORM_X": "1", "A": "b"}}, 'celery_app_environment has ["CELERY_PLATFORM_X"]'),
-        ({"celery_app_environment": {"TOKEN": "s3cr3t\nline"}}, 'celery_app_environment has ["TOKEN"]'),
+        ({"celery_app_environment": {"TOKEN": "s3cr3t\rline"}}, 'celery_app_environment has ["TOKEN"]'),
         ({"celery_app_environment": {"A-B": "1"}}, 'celery_app_environment has ["A-B"]'),
         ({"celery_app_credentials": {"api key": SECRET}}, 'celery_app_credentials has ["api key"]'),
         ({"celery_app_credentials": {"api": ""}}, 'celery_app_credentials has ["api"]'),
