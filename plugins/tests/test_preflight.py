@@ -400,3 +400,11 @@ def test_ipv6_addresses_stand_in_brackets_everywhere(tmp_path: Path) -> None:
     assert "IP:fd00::1" in here.value("__pki_subject_alt_name", "one")
     assert "IP:::1" in here.value("__pki_subject_alt_name", "one")
     assert '"[fd00::1]:9100"' in here.render("prometheus/templates/prometheus.yml.j2", "four")
+
+
+def test_services_log_what_tasks_do_unless_told_otherwise(tmp_path: Path) -> None:
+    here = site(tmp_path)
+    assert 'CELERY_PLATFORM_LOG_LEVEL="INFO"' in here.render("celery_app/templates/celery.env.j2")
+    (tmp_path / "quiet").mkdir()
+    here = site(tmp_path / "quiet", celery_app_settings={"log_level": "WARNING"})
+    assert 'CELERY_PLATFORM_LOG_LEVEL="WARNING"' in here.render("celery_app/templates/celery.env.j2")
