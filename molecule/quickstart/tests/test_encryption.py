@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from drills import only_in_test_all
 from nodes import Node, wait_for
 
 from celery_platform.serialization import generate_key
@@ -58,6 +59,7 @@ def rotate(node: Node, tmp_path: Path) -> Iterator[Callable[..., None]]:
     node.converge()
 
 
+@only_in_test_all
 def test_a_key_is_rotated_under_load_and_redis_holds_no_argument_in_plain_text(node: Node, rotate: Callable[..., None]) -> None:
     old, new = generate_key(), generate_key()
     rotate(old, under_load=False)
