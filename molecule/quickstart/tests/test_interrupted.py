@@ -92,9 +92,8 @@ def test_a_run_killed_at_any_of_ten_moments_harms_nothing(node: Node, orders: Ce
 
     # The last one again, to its end: what the killed one has begun is done, and nothing is left to do.
     node.converge("-e", json.dumps(settings))
-    assert f"CELERY_PLATFORM_MAX_TASKS_PER_CHILD={settings['celery_app_max_tasks_per_child']}" in node.host.file(
-        "/etc/celery/celery.env"
-    ).content_string.replace("'", "").replace('"', "")
+    line = f'CELERY_PLATFORM_MAX_TASKS_PER_CHILD="{settings["celery_app_max_tasks_per_child"]}"'
+    assert line in node.host.file("/etc/celery/celery.env").content_string
     code = node.celery_python("import orders.tasks; print(orders.tasks.NUMBER)")
     assert code.splitlines()[-1] == str(number)
     assert node.converge("-e", json.dumps(settings))["changed"] == []

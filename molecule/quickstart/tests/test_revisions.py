@@ -52,7 +52,7 @@ def test_a_run_that_fails_leaves_settings_and_services_as_they_were(node: Node) 
     assert "The application does not start with its settings; nothing was changed in what runs." in run.stdout
     assert "nothing" in run.stdout.split("does not start with its settings", 1)[1]
     assert state(node) == before
-    assert "CELERY_PLATFORM_APPLICATION=orders.app:app" in node.host.file("/etc/celery/celery.env").content_string
+    assert 'CELERY_PLATFORM_APPLICATION="orders.app:app"' in node.host.file("/etc/celery/celery.env").content_string
     node.host.run_expect([0], "celery-exec true")
 
 
