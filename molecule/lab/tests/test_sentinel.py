@@ -161,6 +161,7 @@ def test_passwords_change_and_redis_restarts_while_tasks_flow(cluster: Cluster) 
     cluster.replicas_follow()
 
 
+@only_in_test_all
 def test_a_new_certificate_is_shown_without_a_restart_of_redis_while_tasks_flow(cluster: Cluster) -> None:
     def shown(name: str, port: int) -> bytes:
         client = cluster.client(name, port)

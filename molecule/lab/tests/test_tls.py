@@ -19,7 +19,7 @@ import testinfra
 from authority import Authority, Issued
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from drills import only_in_drills
+from drills import only_in_drills, only_in_test_all
 from nodes import REPOSITORY, Node, wait_for
 
 testinfra_hosts = ["ansible://data1"]
@@ -248,6 +248,7 @@ def test_a_service_that_still_has_another_authority_is_told_of(node: Node) -> No
     assert "restart it on all hosts: systemctl restart" in output.stdout
 
 
+@only_in_test_all
 def test_another_run_and_a_check_find_nothing_to_do(node: Node) -> None:
     assert run(node) == []
     assert run(node, "--check", "--diff") == []
