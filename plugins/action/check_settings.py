@@ -256,10 +256,13 @@ class ActionModule(ActionBase):
         earlier = self._vars["ansible_facts"].get("settings_problems", [])
         # Variables that are reported as missing or of the wrong type: what depends on them cannot be judged.
         self._unfit = set(self._vars["ansible_facts"].get("settings_unfit", []))
+        # Those that break a rule: what the runtime package is given of them (a port in a URL) is wrong for no reason of its own.
+        self._wrong = set(self._vars["ansible_facts"].get("settings_wrong", []))
         problems = list(dict.fromkeys(self._problems(role)))
         if not self._vars.get("check_settings_collect", False):
             return result | ({"failed": True, "msg": "\n\n".join(problems)} if problems else {})
-        return result | {"ansible_facts": {"settings_problems": [*earlier, *problems], "settings_unfit": sorted(self._unfit)}}
+        facts = {"settings_unfit": sorted(self._unfit), "settings_wrong": sorted(self._wrong)}
+        return result | {"ansible_facts": {"settings_problems": [*earlier, *problems], **facts}}
 
     def _problems(self, role: str) -> Iterator[str]:
         yield from self._problems_of_host()
@@ -336,7 +339,10 @@ class ActionModule(ActionBase):
         environment = {f"{runtime().PREFIX}{name.upper()}": text for name, text in texts.items()}
         others = next((layer for layer in layers if layer in all_options()), "")
         for text in runtime().planned_problems(environment, secrets, unknown):
-            yield self._as_problem(text, variables, others)
+            setting = re.match(rf"{runtime().PREFIX}([A-Z_]+)", text)
+            made_of = variables.get(setting[1].lower(), "").partition(".")[0] if setting else ""
+            if self._depends_on_none(self._wrong, made_of):
+                yield self._as_problem(text, variables, others)
 
     def _evaluated(self, templar: Any, name: str, raw: Any) -> Generator[str, None, Any]:
         """Return what a template stands for, or UNKNOWN if it depends on what is missing or does not fit; yield what is missing."""
@@ -406,17 +412,20 @@ class ActionModule(ActionBase):
             if "found" not in rule:
                 shown_plainly = isinstance(found, bool | int | float | str) and not SECRET_NAME.search(name)
                 if shown_plainly:
-                    # What is made of it (a URL of a port) is wrong for no reason of its own.
-                    self._unfit.add(name)
+                    self._wrong.add(name)
                 what = "is empty" if found in ("", [], {}) else f"is {json.dumps(found)}" if shown_plainly else "is wrong"
             yield self._problem(name, what, rule["allowed"], file=rule.get("file", ""))
 
     def _fits(self, *names: str) -> bool:
         """Tell whether none of these variables is missing or of the wrong type, nor what their templates name, however deep."""
+        return self._depends_on_none(self._unfit, *names)
+
+    def _depends_on_none(self, variables: set[str], *names: str) -> bool:
+        """Tell whether none of these names is one of the variables, nor what their templates name, however deep."""
         seen: set[str] = set()
         waiting = set(names)
         while waiting:
-            if waiting & self._unfit:
+            if waiting & variables:
                 return False
             seen |= waiting
             waiting = {name for known in waiting for name in self._names_of(known)} - seen
