@@ -78,7 +78,11 @@ class Site:
         with (self.folder / "worker.log").open("ab") as log:
             worker = subprocess.Popen(command, env=os.environ | self.environment, cwd=self.folder, stdout=log, stderr=log)
         try:
-            wait_for("a ready worker", lambda: " ready." in self.log()[start:] or worker.poll() is not None, seconds=90)
+            try:
+                wait_for("a ready worker", lambda: " ready." in self.log()[start:] or worker.poll() is not None, seconds=90)
+            except AssertionError as error:
+                error.add_note(self.log()[start:])
+                raise
             assert worker.poll() is None, self.log()[start:]
             yield worker
         finally:

@@ -650,6 +650,7 @@ def test_a_killed_master_loses_no_confirmed_task(shop: Site, tmp_path: Path, mon
             )
         shop.set(
             broker_url=";".join(f"sentinel://default@127.0.0.1:{port}/0" for port in sentinels),
+            sentinel_master=MASTER,
             tls_ca_file=str(servers.ca),
             confirm_replicas="1",
             confirm_timeout="2",
