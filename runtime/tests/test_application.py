@@ -158,6 +158,15 @@ def test_a_broker_that_is_away_is_told(queues: Site) -> None:
 
 
 @pytest.mark.parametrize("queues", ["redis"], indirect=True)
+def test_a_result_backend_that_is_away_is_told(queues: Site) -> None:
+    queues.set(result_backend="redis://127.0.0.1:1/0")
+    run = cli(queues, "round-trip", "--timeout=2", status=1)
+    assert "default: not sent: RuntimeError" in run.stdout
+    assert "result store" in run.stdout
+    assert "no answer from default, critical, batch" in run.stderr
+
+
+@pytest.mark.parametrize("queues", ["redis"], indirect=True)
 def test_without_a_result_backend_nothing_is_claimed(queues: Site) -> None:
     del queues.environment["CELERY_PLATFORM_RESULT_BACKEND"]
     assert cli(queues, "round-trip").stdout.count("sent; there is no result backend") == 3

@@ -24,6 +24,7 @@ import click
 from celery import Celery
 from kombu import serialization
 from kombu.entity import Queue
+from celery.exceptions import BackendError
 from kombu.exceptions import KombuError
 from pydantic import SecretStr
 from rich.console import Console
@@ -136,6 +137,8 @@ def round_trip(timeout: float) -> None:
     from celery_platform import round_trip as ours
 
     settings = _settings()
+    from redis import RedisError
+
     from celery_platform.worker import app
 
     names = [queue.name for queue in settings.queues]
@@ -149,7 +152,7 @@ def round_trip(timeout: float) -> None:
             if answer.error:
                 missing.append(answer.queue)
             click.echo(f"{answer.queue}: {_printable(hider(settings)(told))}")
-    except Exception as error:
+    except (KombuError, RedisError, BackendError, OSError) as error:
         raise click.ClickException(f"The broker or the result backend cannot be reached: {hider(settings)(error)}") from error
     if missing:
         raise click.ClickException(f"no answer from {', '.join(missing)}")
