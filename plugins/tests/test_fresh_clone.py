@@ -7,12 +7,12 @@ import re
 import subprocess
 from pathlib import Path
 
-from drills import only_in_drills
+from drills import only_in_test_all
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@only_in_drills
+@only_in_test_all
 def test_make_deploy_in_a_fresh_clone_on_a_terminal(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", REPOSITORY, clone], check=True)
