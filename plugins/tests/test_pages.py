@@ -151,6 +151,12 @@ def test_html_in_a_runbook_is_text(tmp_path: Path) -> None:
     assert "&lt;site&gt;" in text
 
 
+def test_links_to_runbooks_are_links_to_pages_and_keep_their_heading(tmp_path: Path) -> None:
+    text = one(tmp_path, "# A\n\n[x](Other.md#do) [y](Other.md)\n", Other="# Other\n")
+    links = [link for link in Page(text).links if "Other" in link]
+    assert links == ["Other.html#do", "Other.html"]
+
+
 def test_code_stays_as_it_is(tmp_path: Path) -> None:
     text = one(tmp_path, "# A\n\n```\na  <b> && c\n```\n\nOr `x   | {{ y }}`.\n")
     assert "<pre><code>a  &lt;b&gt; &amp;&amp; c\n</code></pre>" in text

@@ -40,6 +40,9 @@ def test_a_django_project_that_nobody_adapted_is_deployed_by_inventory_alone(nod
         assert [web.send_task("books.tasks.lend", ("Emma",)).get(timeout=20) for _ in range(2)] == [1, 2]
         overruled = node.host.check_output("journalctl --unit=celery-worker@default --output=cat --since=-5min")
         assert "accept_content of the application is overruled" in overruled
+        demo = node.run_playbook("-e", f"@{library}", playbook="playbooks/operations/demo.yml")
+        assert demo.returncode == 0, demo.stdout
+        assert re.search(r"default: \d+ ms", demo.stdout)
 
         schedule = """
 from django_celery_beat.models import IntervalSchedule, PeriodicTask
