@@ -11,11 +11,10 @@ import pytest
 from celery import Celery
 from celery.exceptions import QueueNotFound
 from kombu import Connection
-from pydantic import SecretStr
 from sites import Site, wait_for
 
 from celery_platform import broker, configuration
-from celery_platform.settings import load_settings
+from celery_platform.settings import SecretStr, load_settings
 
 Environment = Callable[..., None]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from celery import Celery
 
 from celery_platform import beat, broker, queues
-from celery_platform.settings import PREFIX, Settings
+from celery_platform.settings import PREFIX, Settings, as_written
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def apply(app: Celery, settings: Settings) -> list[Choice]:
     choices = []
     ours = celery_config(settings)
     for name, value in ours.items():
-        explicit = FROM_SETTINGS.get(name) in settings.model_fields_set
+        explicit = FROM_SETTINGS.get(name) in settings.given
         own = app.conf[name] if app.conf.value_set_for(name) else None
         if explicit or own is None or own == value:
             choices.append(Choice(name, value, "environment" if explicit else "default"))
@@ -114,14 +114,14 @@ def apply(app: Celery, settings: Settings) -> list[Choice]:
 def in_force(choices: list[Choice], settings: Settings) -> list[Choice]:
     """Return choices as an operator reads them: with the limits that workers have, and with what follows from the environment."""
     scheme = settings.broker_url.partition("://")[0]
-    bare = celery_config(Settings.model_construct(application=settings.application, broker_url=f"{scheme}://"))
+    bare = celery_config(Settings(application=settings.application, broker_url=f"{scheme}://"))
     shown = []
     for name, value, source in choices:
         chosen, own = value, FROM_SETTINGS.get(name, "")
         if value is None and own:
             chosen = getattr(settings, own)
         elif name == "task_routes" and source == "default":
-            chosen = settings.model_dump(mode="json", include={"routes"}, exclude_none=True)["routes"]
+            chosen = as_written(settings.routes)
             source = "environment" if chosen else source
         elif source == "default" and (bare.get(name, value) != value or (name == "timezone" and "TZ" in os.environ)):
             source = "environment"
