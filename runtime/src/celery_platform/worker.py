@@ -53,9 +53,11 @@ def load() -> Celery:
     """
     settings = load_settings()
     app = application.find(settings.application)
+    own_broker = app.conf.broker_url
     configuration.apply(app, settings)
     for part in PARTS:
         part.install(app, settings)
+    application.serve_twins(app, own_broker)
     return app
 
 
