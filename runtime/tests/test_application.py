@@ -163,6 +163,14 @@ def test_without_a_result_backend_nothing_is_claimed(queues: Site) -> None:
     assert cli(queues, "round-trip").stdout.count("sent; there is no result backend") == 3
 
 
+def test_a_task_that_no_worker_would_take_is_told(broken: Site) -> None:
+    (broken.folder / "shop_tasks.py").write_text(
+        "from shop import app\n@app.task(name='sell', serializer='pickle')\ndef sell():\n    pass\n"
+    )
+    told = cli(broken, "check", status=1).stderr
+    assert told.startswith("task sell has serializer='pickle'; allowed: json (pickle is impossible here")
+
+
 FACTORY = """
 from types import SimpleNamespace
 from celery import Celery
@@ -209,10 +217,10 @@ def test_a_factory_that_cannot_be_called_is_told(broken: Site, name: str, told: 
 def test_a_factory_that_is_called_once_more_gives_the_same_application(site: Site, redis_url: str) -> None:
     site.write(FACTORY)
     (site.folder / "shop_tasks.py").write_text(
-        "from celery import Celery, shared_task\nfrom shop import create_app\n"
+        "from celery import Celery\nfrom shop import create_app\n"
         "celery = create_app().extensions['celery']\npartner = Celery('partner', broker='redis://partner/0', set_as_current=False)\n"
         "@celery.task(name='sell')\ndef sell():\n    return pay.delay().id, partner.conf.broker_url\n"
-        "@shared_task(name='pay')\ndef pay():\n    return 'paid'\n"
+        "@celery.task(name='pay')\ndef pay():\n    return 'paid'\n"
     )
     site.set(application="shop:create_app", broker_url=f"{redis_url}/0", result_backend=f"{redis_url}/1", key_prefix="shop:")
     with site.worker("--queues=default"):

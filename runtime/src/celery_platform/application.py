@@ -29,6 +29,8 @@ INSTALLED = frozenset({"site-packages", "dist-packages"})
 #: What the names of Celery's tasks and of ours begin with, which no application has.
 BUILT_IN = ("celery.", "celery_platform.")
 
+NO_PICKLE = "pickle is impossible here: who can write to the broker could run any code"
+
 
 class BadApplication(Exception):
     """The setting `application` names no Celery application."""
@@ -107,8 +109,8 @@ def serve_twins(app: Celery, broker_url: str) -> None:
     """Let every further Celery application that the same code makes be this one.
 
     A factory that is called once more (by a module of tasks, say) makes another instance, which Celery takes for the
-    current one. It would have the settings of the code alone, and its tasks would be unknown to workers. One that has the
-    same name, and that its own settings lead to the same broker, shares all that this one has.
+    current one. It would have the settings of the code alone, and what is sent through it would go to their broker. One that
+    has the same name, and that its own settings lead to the same broker, shares all that this one has.
 
     Args:
         app: The application, configured.
@@ -152,6 +154,7 @@ def load_tasks(app: Celery) -> list[str]:
     Django's settings must have a SECRET_KEY, too: a worker would start without it, and fail in the first task that signs.
 
     Raises:
+        BadApplication: if a task is sent in a form that no worker takes.
         Exception: whatever a module raises.
     """
     # Celery logs the traceback of what it then raises.
@@ -161,7 +164,12 @@ def load_tasks(app: Celery) -> list[str]:
     _ = app.backend, app.connection_for_read().get_transport_cls()
     if "DJANGO_SETTINGS_MODULE" in os.environ and "django.conf" in sys.modules:
         _ = sys.modules["django.conf"].settings.SECRET_KEY
-    return [name for name in app.tasks if not name.startswith(BUILT_IN)]
+    tasks = {name: task for name, task in app.tasks.items() if not name.startswith(BUILT_IN)}
+    # With encryption, all are sent as JSON, whatever they ask for.
+    for name, task in tasks.items() if app.conf.task_serializer == "json" else ():
+        if task.serializer not in (None, "json"):
+            raise BadApplication(f"task {name} has serializer={task.serializer!r}; allowed: json ({NO_PICKLE})")
+    return list(tasks)
 
 
 @contextmanager

@@ -51,15 +51,20 @@ def config(as_json: bool) -> None:
     """Print the effective configuration, without secrets, and where each value comes from."""
     settings = _settings()
     with application.explained():
-        choices = configuration.apply(application.find(settings.application), settings)
+        app = application.find(settings.application)
+        in_force = configuration.with_own(app, settings)
+        choices = configuration.apply(app, settings)
     hide = hider(settings)
     ours = [(PREFIX + name.upper(), hide(_own(settings, name)), _source(name)) for name in FIELDS]
-    theirs = [(choice.name, hide(choice.value), choice.source) for choice in configuration.in_force(choices, settings)]
-    rows = [{"name": name, "value": value, "source": source} for name, value, source in ours + theirs]
+    rows = [{"name": name, "value": value, "source": source} for name, value, source in ours]
+    for choice in configuration.in_force(choices, in_force):
+        row = {"name": choice.name, "value": hide(choice.value), "source": choice.source}
+        rows.append(row | ({"overruled": hide(choice.overruled), "reason": hide(choice.reason)} if choice.reason else {}))
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     else:
-        _print_table(("Name", "Value", "From"), [(row["name"], _shown(row["value"]), row["source"]) for row in rows])
+        columns = ("name", "value", "source", "overruled")
+        _print_table(("Name", "Value", "From", "Overruled"), [[_shown(row.get(column)) for column in columns] for row in rows])
 
 
 def _own(settings: Settings, name: str) -> Any:

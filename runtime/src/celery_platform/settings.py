@@ -165,6 +165,8 @@ class Settings:
     #: None: results are not kept.
     result_backend: Url | None = None
     result_backend_password: SecretStr | None = None
+    #: Nobody chose that result backend: one that the application has elsewhere (django-db) wins over it.
+    result_backend_is_default: bool = False
     #: Name that Sentinel gives the master, and the user (None: `default`) and password of Sentinel itself.
     sentinel_master: str = "celery"
     sentinel_user: str | None = None
