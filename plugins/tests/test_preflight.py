@@ -18,10 +18,11 @@ from preflight import REPOSITORY, Site
 
 import check_settings
 from celery_platform import broker
-from celery_platform.settings import BadSettings, Settings, is_secret, load_settings
+from celery_platform.settings import FIELDS, BadSettings, Settings, is_secret, load_settings
 
 SECRET = "nX7cY2pK9mQ4wL8vD3fG6hJ1"
 KEY = "A" * 43
+DEFAULTS = Settings(application="orders.app:app", broker_url="memory://")
 MAIN = {
     "ansible_host": "127.0.0.1",
     "redis_requirepass": "{{ vault_redis_requirepass }}",
@@ -185,29 +186,44 @@ def test_the_settings_of_the_roles_are_those_of_the_runtime() -> None:
     documented = check_settings.role_options("celery_app")["celery_app_settings"]["options"]
     own = {"application", "broker_url", "result_backend", "key_prefix", "queues", "default_queue", "routes", "soft_time_limit"}
     own |= {"time_limit", "visibility_timeout", "result_expires", "max_tasks_per_child", "sentinel_master", "sentinel_user"}
-    own |= {"tls_ca_file", "tls_cert_file", "tls_key_file", "tls_server_name", "declare_queues"}
+    own |= {"result_backend_is_default", "tls_ca_file", "tls_cert_file", "tls_key_file", "tls_server_name", "declare_queues"}
 
-    assert set(documented) | own == {name for name in Settings.model_fields if not is_secret(name)}
+    assert set(documented) | own == {name for name in FIELDS if not is_secret(name)}
 
 
 @pytest.mark.parametrize(
     ("role", "variable", "setting"),
     [
-        *(("celery_app", f"celery_app_{name}", name) for name in ("soft_time_limit", "time_limit", "visibility_timeout", "result_expires")),
-        *(("celery_app", f"celery_app_{name}", name) for name in ("default_queue", "max_tasks_per_child", "routes")),
+        ("celery_app", "celery_app_routes", "routes"),
         ("redis_sentinel", "redis_sentinel_master", "sentinel_master"),
     ],
 )
 def test_roles_and_runtime_have_the_same_defaults(role: str, variable: str, setting: str) -> None:
     defaults = yaml.safe_load((REPOSITORY / "roles" / role / "defaults/main.yml").read_text())
 
-    assert defaults[variable] == Settings.model_fields[setting].default
+    assert defaults[variable] == getattr(DEFAULTS, setting)
+
+
+def test_what_nobody_set_is_left_to_the_application_and_the_runtime(tmp_path: Path) -> None:
+    unset = ("soft_time_limit", "time_limit", "visibility_timeout", "result_expires", "max_tasks_per_child", "default_queue", "routes")
+    here = site(tmp_path)
+    variables = rendered(here.render("celery_app/templates/celery.env.j2"))
+    assert not {f"CELERY_PLATFORM_{name.upper()}" for name in unset} & variables.keys()
+    assert variables["CELERY_PLATFORM_RESULT_BACKEND_IS_DEFAULT"] == "true"
+    # What other roles reckon with is the runtime's.
+    for name in ("soft_time_limit", "time_limit", "visibility_timeout"):
+        assert here.value(f"__celery_app_{name}") == getattr(DEFAULTS, name)
+
+    chosen = {"celery_app_time_limit": 800, "celery_app_result_backend": "redis://orders@a:6379/1"}
+    variables = rendered(site(tmp_path / "chosen", **chosen).render("celery_app/templates/celery.env.j2"))
+    assert variables["CELERY_PLATFORM_TIME_LIMIT"] == "800"
+    assert "CELERY_PLATFORM_RESULT_BACKEND_IS_DEFAULT" not in variables
 
 
 def test_roles_and_runtime_have_the_same_queues() -> None:
     defaults = yaml.safe_load((REPOSITORY / "roles/celery_app/defaults/main.yml").read_text())
 
-    assert defaults["celery_app_queues"] == [queue.name for queue in Settings.model_fields["queues"].default]
+    assert defaults["celery_app_queues"] == [queue.name for queue in DEFAULTS.queues]
 
 
 # --- All mistakes in one round ---

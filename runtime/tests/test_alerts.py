@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 import redis
-from pydantic import SecretStr
 from sites import Site, wait_for
 
 from celery_platform import alerts, logs
-from celery_platform.settings import BadSettings, Settings, load_settings
+from celery_platform.settings import BadSettings, SecretStr, Settings, load_settings
 
 SHOP = """
 import os, signal, time

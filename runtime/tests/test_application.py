@@ -170,3 +170,69 @@ def test_a_result_backend_that_is_away_is_told(queues: Site) -> None:
 def test_without_a_result_backend_nothing_is_claimed(queues: Site) -> None:
     del queues.environment["CELERY_PLATFORM_RESULT_BACKEND"]
     assert cli(queues, "round-trip").stdout.count("sent; there is no result backend") == 3
+
+
+def test_a_task_that_no_worker_would_take_is_told(broken: Site) -> None:
+    (broken.folder / "shop_tasks.py").write_text(
+        "from shop import app\n@app.task(name='sell', serializer='pickle')\ndef sell():\n    pass\n"
+    )
+    told = cli(broken, "check", status=1).stderr
+    assert told.startswith("task sell has serializer='pickle'; allowed: json (pickle is impossible here")
+
+
+FACTORY = """
+from types import SimpleNamespace
+from celery import Celery
+
+def make_celery(name="shop"):
+    app = Celery(name, broker="redis://127.0.0.1:1/9", include=["shop_tasks"])
+    app.set_default()
+    return app
+
+def create_app(config=None, **more):
+    return SimpleNamespace(extensions={"celery": make_celery()})
+
+def needs(app):
+    return make_celery()
+
+def none():
+    return None
+
+flask_app = create_app()
+"""
+
+
+@pytest.mark.parametrize("name", ["shop:create_app", "shop:create_app()", "shop:make_celery", "shop.make_celery", "shop:flask_app"])
+def test_a_factory_is_called(broken: Site, name: str) -> None:
+    broken.write(FACTORY)
+    (broken.folder / "shop_tasks.py").write_text("from celery import shared_task\n@shared_task\ndef sell():\n    pass\n")
+    broken.set(application=name)
+    assert cli(broken, "check").stdout == f"ok: 1 tasks of {name}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("shop:needs", r"needs of module shop needs arguments \(app\); name a Celery application, or a factory that needs none"),
+        ("shop:none", "none of module shop is no Celery application"),
+    ],
+)
+def test_a_factory_that_cannot_be_called_is_told(broken: Site, name: str, told: str) -> None:
+    broken.write(FACTORY)
+    broken.set(application=name)
+    assert re.fullmatch(told, cli(broken, "check", status=1).stderr.strip())
+
+
+def test_a_factory_that_is_called_once_more_gives_the_same_application(site: Site, redis_url: str) -> None:
+    site.write(FACTORY)
+    (site.folder / "shop_tasks.py").write_text(
+        "from celery import Celery\nfrom shop import create_app\n"
+        "celery = create_app().extensions['celery']\npartner = Celery('partner', broker='redis://partner/0', set_as_current=False)\n"
+        "@celery.task(name='sell')\ndef sell():\n    return pay.delay().id, partner.conf.broker_url\n"
+        "@celery.task(name='pay')\ndef pay():\n    return 'paid'\n"
+    )
+    site.set(application="shop:create_app", broker_url=f"{redis_url}/0", result_backend=f"{redis_url}/1", key_prefix="shop:")
+    with site.worker("--queues=default"):
+        payment, partners = site.producer().send_task("sell").get(timeout=10)
+        assert site.producer().AsyncResult(payment).get(timeout=10) == "paid"
+        assert partners == "redis://partner/0"

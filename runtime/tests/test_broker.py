@@ -11,13 +11,12 @@ from urllib.parse import urlsplit
 import redis
 from brokers import rabbitmq, rabbitmq_node
 from celery import Celery
-from pydantic import SecretStr
 from redbeat.schedulers import get_redis
 from sentinels import Servers
 from sites import Site, wait_for
 
 from celery_platform import beat, broker
-from celery_platform.settings import Settings
+from celery_platform.settings import SecretStr, Settings
 
 __all__ = ["rabbitmq", "rabbitmq_node"]
 

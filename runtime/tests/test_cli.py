@@ -28,7 +28,8 @@ def cli(site: Site, *arguments: str, status: int = 0, **options: Any) -> subproc
 
 
 def test_config_tells_where_each_value_is_from_and_no_secret(site: Site) -> None:
-    site.write("from celery import Celery\napp = Celery('shop')\napp.conf.timezone = 'Europe/Berlin'\n")
+    own = "app.conf.update(timezone='Europe/Berlin', broker_url='redis://:0wn@localhost', task_time_limit=700)"
+    site.write(f"from celery import Celery\napp = Celery('shop')\n{own}\n")
     site.set(broker_url="sentinel://shop@a:26379;sentinel://shop@b:26379", result_backend="redis://shop@c/1", time_limit="1000")
     secrets = {
         "broker_password": "br0ker/pw",
@@ -46,7 +47,10 @@ def test_config_tells_where_each_value_is_from_and_no_secret(site: Site) -> None
     assert rows["broker_url"]["value"] == "sentinel://shop:********@a:26379;sentinel://shop:********@b:26379"
     assert rows["broker_transport_options"]["value"]["sentinel_kwargs"]["password"] == "********"
     assert "Europe/Berlin" in shown
-    for secret in ("br0ker", "res3lt", "sentin3l", "h00k"):
+    told = [(rows[name]["value"], rows[name]["overruled"], rows[name]["reason"]) for name in ("task_time_limit",)]
+    assert told == [(1000, 700, "CELERY_PLATFORM_TIME_LIMIT is set")]
+    assert rows["broker_url"]["overruled"] == "redis://:********@localhost"
+    for secret in ("br0ker", "res3lt", "sentin3l", "h00k", "0wn"):
         assert secret not in shown + json.dumps(rows)
 
 
@@ -62,13 +66,13 @@ def test_config_shows_values_as_they_are_written(site: Site) -> None:
     site.set(tls_ca_file=str(site.folder / "ca.crt"))
     site.environment["TZ"] = "UTC"
     rows = [line.split("\t") for line in cli(site, "config").stdout.splitlines()]
-    assert rows[0] == ["Name", "Value", "From"]
-    shown = {name: (value, source) for name, value, source in rows}
+    assert rows[0] == ["Name", "Value", "From", "Overruled"]
+    shown = {name: (value, source) for name, value, source, _ in rows}
     assert shown["task_soft_time_limit"] == ("600", "default")
     assert shown["task_time_limit"] == ("1000", "environment")
     assert shown["CELERY_PLATFORM_QUEUES"] == ('["default", {"name": "batch", "priority": 1}]', "environment")
     assert shown["task_queues"] == ('["default", "batch"]', "environment")
-    assert shown["task_routes"] == ('{"a.*": {"queue": "batch"}}', "environment")
+    assert shown["task_routes"] == ('[{"a.*": {"queue": "batch"}}]', "environment")
     assert shown["timezone"] == ("UTC", "environment")
     assert shown["broker_url"] == ("amqps://shop@a//", "environment")
     assert shown["broker_heartbeat"] == ("20", "default")

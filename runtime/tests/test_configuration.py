@@ -10,18 +10,19 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from celery import Celery
 from celery.exceptions import QueueNotFound
-from kombu import Connection
-from pydantic import SecretStr
+from kombu import Connection, Exchange, Queue
 from sites import Site, wait_for
 
 from celery_platform import broker, configuration
-from celery_platform.settings import load_settings
+from celery_platform.settings import SecretStr, load_settings
 
 Environment = Callable[..., None]
 
 
 def applied(app: Celery) -> dict[str, configuration.Choice]:
-    return {choice.name: choice for choice in configuration.apply(app, load_settings())}
+    choices = configuration.apply(app, load_settings())
+    configuration.tell(choices)
+    return {choice.name: choice for choice in choices}
 
 
 # --- Connections ---
@@ -143,9 +144,11 @@ def test_the_application_keeps_what_is_as_safe(environment: Environment) -> None
     environment()
     app = Celery("shop", set_as_current=False)
     app.conf.update(task_time_limit=700, timezone="Europe/Berlin", result_expires=60)
+    settings = configuration.with_own(app, load_settings())
     choices = applied(app)
 
-    assert (app.conf.task_time_limit, app.conf.timezone, app.conf.result_expires) == (700, "Europe/Berlin", 60)
+    assert (settings.time_limit, app.conf.timezone, app.conf.result_expires) == (700, "Europe/Berlin", 60)
+    assert app.conf.task_time_limit is None  # the worker's: limits.py
     assert choices["task_time_limit"].source == "application"
     assert choices["task_soft_time_limit"].source == "default"
 
@@ -154,10 +157,121 @@ def test_the_environment_wins_over_the_application(environment: Environment) -> 
     environment(time_limit="800")
     app = Celery("shop", set_as_current=False)
     app.conf.task_time_limit = 700
+    assert configuration.with_own(app, load_settings()).time_limit == 800
+    (choice,) = (choice for choice in applied(app).values() if choice.reason)
+
+    assert (choice.name, choice.source, choice.overruled) == ("task_time_limit", "environment", 700)
+    assert choice.reason == "CELERY_PLATFORM_TIME_LIMIT is set"
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "told"),
+    [
+        ({"task_time_limit": 300}, (200, 300, 3600), ""),
+        ({"task_soft_time_limit": 1200}, (1200, 1800, 3600), ""),
+        ({"task_soft_time_limit": 60.5, "task_time_limit": 90}, (61, 90, 3600), ""),
+        ({"task_time_limit": 5400}, (600, 900, 3600), "VISIBILITY_TIMEOUT is 3600; allowed: more than CELERY_PLATFORM_TIME_LIMIT, 5400"),
+        ({"task_time_limit": 5400, "broker_transport_options": {"visibility_timeout": 43200}}, (600, 5400, 43200), ""),
+        ({"task_time_limit": "x"}, (600, 900, 3600), "CELERY_PLATFORM_TIME_LIMIT is 'x'; allowed"),
+        ({"broker_transport_options": {"visibility_timeout": 100}}, (600, 900, 3600), "VISIBILITY_TIMEOUT is 100; allowed: more than"),
+    ],
+)
+def test_limits_of_the_application_hold_where_they_fit(
+    environment: Environment, own: dict[str, object], limits: tuple[int, ...], told: str
+) -> None:
+    environment(result_backend="redis://shop@redis.example:6379/1")
+    app = Celery("shop", set_as_current=False)
+    app.conf.update(own)
+    settings = configuration.with_own(app, load_settings())
     choices = applied(app)
 
-    assert app.conf.task_time_limit is None  # the worker's: limits.py
-    assert choices["task_time_limit"].source == "environment"
+    assert (settings.soft_time_limit, settings.time_limit, settings.visibility_timeout) == limits
+    assert app.conf.broker_transport_options["visibility_timeout"] == limits[2]
+    reasons = [choice.reason for choice in choices.values() if choice.reason]
+    assert len(reasons) == bool(told)
+    assert told in "".join(reasons)
+
+
+@pytest.mark.parametrize("url", ["redis://h/0", "amqp://h//"])
+def test_routes_and_queues_of_the_application_hold_where_they_fit(
+    environment: Environment, caplog: pytest.LogCaptureFixture, url: str
+) -> None:
+    environment(broker_url=url, queues='["default", "main", "media", "slow"]', routes='{"shop.pay": {"queue": "slow"}}')
+    app = Celery("shop", set_as_current=False)
+    app.conf.task_queues = (Queue("main"), Queue("media", Exchange("media"), routing_key="media"))
+    app.conf.task_default_queue = "main"
+    app.conf.task_routes = (
+        {"shop.video.*": {"queue": "media", "priority": 7}, "shop.pay": "main", "shop.mail": "nowhere"},
+        lambda name, *_, **__: {"routing_key": "media"} if name == "shop.image" else None,
+    )
+    choices = applied(app)
+
+    def route(name: str) -> tuple[str, int | None]:
+        found = app.amqp.Router().route({}, name)
+        return found["queue"].name, found.get("priority")
+
+    assert [route(name) for name in ("shop.video.cut", "shop.pay", "shop.image", "shop.other")] == [
+        ("media", 7),
+        ("slow", None),
+        ("media", None),
+        ("main", None),
+    ]
+    for _ in range(2):
+        assert route("shop.mail") == ("main", None)
+    assert caplog.text.count("sends shop.mail to nowhere, which is none of CELERY_PLATFORM_QUEUES") == 1
+    assert choices["task_default_queue"].source == "application"
+    assert [choice.reason for choice in choices.values() if choice.reason] == ["none of CELERY_PLATFORM_QUEUES: nowhere"]
+    shown = {choice.name: choice.value for choice in configuration.in_force(list(choices.values()), load_settings())}
+    assert shown["task_routes"][0] == {"shop.pay": {"queue": "slow"}}
+    assert shown["task_routes"][1]["shop.mail"] == "nowhere"
+
+
+@pytest.mark.parametrize(
+    ("own", "name", "told"),
+    [
+        ({"task_queues": [Queue("default"), Queue("media")]}, "task_queues", "none of CELERY_PLATFORM_QUEUES: media"),
+        ({"task_queues": {"default": {"exchange": "x"}}}, "task_queues", "exchange, routing key or arguments of default"),
+        (
+            {"task_default_queue": "celery"},
+            "task_default_queue",
+            "DEFAULT_QUEUE is celery; allowed: one of CELERY_PLATFORM_QUEUES",
+        ),
+        ({"broker_transport_options": {"priority_steps": [0, 9]}}, "broker_transport_options", "it belongs to the deployment"),
+        ({"broker_url": "redis://:s3cret@localhost"}, "broker_url", "CELERY_PLATFORM_BROKER_URL is set"),
+        ({"result_backend": "redis://localhost"}, "result_backend", "it belongs to the deployment"),
+        ({"result_accept_content": ["pickle"]}, "result_accept_content", "pickle is impossible here"),
+        ({"task_create_missing_queues": True}, "task_create_missing_queues", "it belongs to the deployment"),
+    ],
+)
+def test_each_overruled_value_is_one_warning(
+    environment: Environment, caplog: pytest.LogCaptureFixture, own: dict[str, object], name: str, told: str
+) -> None:
+    environment()
+    app = Celery("shop", set_as_current=False)
+    app.conf.update(own)
+    choice = applied(app)[name]
+
+    assert choice.overruled == own[name]
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{name} of the application is overruled")
+    assert told in warning
+    assert "s3cret" not in warning
+
+
+def test_an_application_keeps_its_results_in_its_database(environment: Environment) -> None:
+    for given in (
+        {},
+        {"result_backend": "redis://h/1", "result_backend_is_default": "true"},
+        {"result_backend": "redis://h/1", "result_backend_is_default": "false"},
+    ):
+        environment(**given)
+        app = Celery("shop", set_as_current=False)
+        app.conf.result_backend = "django-db"
+        choice = applied(app)["result_backend"]
+        chosen = given.get("result_backend_is_default") == "false"
+        assert app.conf.result_backend == ("redis://h/1" if chosen else "django-db")
+        assert (choice.source, bool(choice.reason)) == (("environment", True) if chosen else ("application", False))
+        assert app.conf.task_ignore_result is False
 
 
 @pytest.mark.parametrize(
@@ -167,7 +281,6 @@ def test_the_environment_wins_over_the_application(environment: Environment) -> 
         ("task_serializer", "pickle", "json"),
         ("task_acks_late", False, True),
         ("task_reject_on_worker_lost", False, True),
-        ("task_time_limit", 100_000, None),
     ],
 )
 def test_what_is_less_safe_is_overruled_with_a_warning(
@@ -199,9 +312,9 @@ def test_a_namespace_of_the_application_is_understood(environment: Environment) 
     app.config_from_object(
         {"CELERY_TASK_TIME_LIMIT": 700, "CELERY_ACCEPT_CONTENT": ["pickle"], "CELERY_BROKER_URL": "redis://x"}, namespace="CELERY"
     )
+    assert configuration.with_own(app, load_settings()).time_limit == 700
     applied(app)
 
-    assert app.conf.task_time_limit == 700
     assert app.conf.accept_content == ["json"]
     assert app.conf.broker_url == "redis://shop@redis.example:6379/0"
 
@@ -237,3 +350,23 @@ def test_a_worker_has_the_limits_of_the_settings_or_of_its_command_line(site: Si
         assert 0.9 < site.producer().send_task("work").get(timeout=10) < 2
     with site.worker("--queues=default", "--soft-time-limit=3"):
         assert 2.9 < site.producer().send_task("work").get(timeout=10) < 4
+
+
+def test_what_the_application_sets_holds_and_what_does_not_is_told_once(site: Site, redis_url: str) -> None:
+    site.write(
+        "import time\nfrom celery import Celery\nfrom celery.exceptions import SoftTimeLimitExceeded\n"
+        "app = Celery('shop', broker='redis://:s3cret@localhost')\n"
+        "app.conf.update(task_soft_time_limit=1, task_time_limit=10, task_default_queue='media', task_serializer='pickle')\n"
+        "app.conf.task_routes = {'work': {'queue': 'slow'}, 'gone': {'queue': 'nowhere'}}\n\n"
+        "@app.task(name='send')\ndef send():\n    return work.delay().id\n\n"
+        "@app.task(name='work', bind=True)\ndef work(self):\n    try:\n        time.sleep(20)\n"
+        "    except SoftTimeLimitExceeded:\n        return self.request.delivery_info['routing_key']\n"
+    )
+    site.set(broker_url=f"{redis_url}/0", result_backend=f"{redis_url}/1", queues='["default", "media", "slow"]')
+    with site.worker("--queues=media,slow"):
+        sent = site.producer().send_task("send", queue="media").get(timeout=10)
+        assert site.producer().AsyncResult(sent).get(timeout=10) == "slow"
+    for name in ("broker_url", "task_serializer", "task_routes"):
+        assert site.log().count(f"{name} of the application is overruled") == 1
+    assert site.log().count("is overruled") == 3
+    assert "s3cret" not in site.log()

@@ -30,10 +30,9 @@ from celery import Celery, bootsteps, signals
 from celery.app.task import Context
 from celery.exceptions import TimeLimitExceeded, WorkerLostError
 from celery.worker.request import Request
-from pydantic import SecretStr
 
 from celery_platform.logs import Mask, masker, task_fields
-from celery_platform.settings import Settings
+from celery_platform.settings import SecretStr, Settings
 
 logger = logging.getLogger(__name__)
 

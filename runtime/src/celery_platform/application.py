@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from celery import Celery
+from celery import Celery, _state, signals
 from celery.app.utils import find_app
 from celery.utils.imports import import_from_cwd
 
@@ -28,6 +29,8 @@ INSTALLED = frozenset({"site-packages", "dist-packages"})
 #: What the names of Celery's tasks and of ours begin with, which no application has.
 BUILT_IN = ("celery.", "celery_platform.")
 
+NO_PICKLE = "pickle is impossible here: who can write to the broker could run any code"
+
 
 class BadApplication(Exception):
     """The setting `application` names no Celery application."""
@@ -35,6 +38,9 @@ class BadApplication(Exception):
 
 def find(name: str) -> Celery:
     """Return the application that a name stands for, as `celery -A` takes it: `shop.celery:app`, `shop.celery` or `shop`.
+
+    It may also name a factory that needs no arguments (`shop:create_app`), or a Flask application with its Celery
+    application where Flask's documentation puts it, in `extensions["celery"]`.
 
     Celery's own search (find_app in celery/app/utils.py, 5.7.0) takes an attribute that is missing, and any AttributeError
     while the module is imported, for a missing module. Its configuration is loaded, too: a KeyError there would else be
@@ -53,7 +59,9 @@ def find(name: str) -> Celery:
             raise
         # `shop.celery.app`, where `app` is no module.
         module, attribute = import_from_cwd(parent), last
-    app: Any = getattr(module, attribute, None) if attribute else _search(module)
+    attribute = attribute.removesuffix("()")
+    found: Any = getattr(module, attribute, None) if attribute else _search(module)
+    app = found if isinstance(found, Celery) else _of_flask(_called(found, module, attribute))
     if not isinstance(app, Celery):
         raise BadApplication(_wrong(module, attribute))
     len(app.conf)
@@ -75,6 +83,60 @@ def _search(module: ModuleType) -> Any:
         return None
 
 
+def _called(found: Any, module: ModuleType, attribute: str) -> Any:
+    """Return what a factory makes; anything else as it is."""
+    if not inspect.isroutine(found):
+        return found
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(found).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if needed:
+        raise BadApplication(
+            f"{attribute} of module {module.__name__} needs arguments ({', '.join(needed)}); "
+            "name a Celery application, or a factory that needs none"
+        )
+    return found()
+
+
+def _of_flask(found: Any) -> Any:
+    extensions = getattr(found, "extensions", None)
+    return extensions.get("celery", found) if isinstance(extensions, Mapping) else found
+
+
+def serve_twins(app: Celery, broker_url: str) -> None:
+    """Let every further Celery application that the same code makes be this one.
+
+    A factory that is called once more (by a module of tasks, say) makes another instance, which Celery takes for the
+    current one. It would have the settings of the code alone, and what is sent through it would go to their broker. One that
+    has the same name, and that its own settings lead to the same broker, shares all that this one has.
+
+    Args:
+        app: The application, configured.
+        broker_url: Its broker by its own settings, before they were overruled.
+    """
+
+    def unite(other: Celery) -> None:
+        if other is app or vars(other) is vars(app) or other.main != app.main or other.conf.broker_url != broker_url:
+            return
+        # A task that both have is the one that this one has.
+        for name, task in other._tasks.items():
+            app._tasks.setdefault(name, task)
+        app._pending.extend(other._pending)
+        vars(other).clear()
+        other.__dict__ = vars(app)
+
+    def unite_all(**_: Any) -> None:
+        for other in list(_state._get_active_apps()):
+            unite(other)
+
+    _state.connect_on_app_finalize(unite)
+    unite_all()
+    # By now, the modules of tasks are there.
+    signals.celeryd_init.connect(unite_all, weak=False)
+
+
 def _wrong(module: ModuleType, attribute: str) -> str:
     apps = [name for name, value in vars(module).items() if isinstance(value, Celery)]
     close = difflib.get_close_matches(attribute, apps, n=1, cutoff=0) or apps[:1]
@@ -92,6 +154,7 @@ def load_tasks(app: Celery) -> list[str]:
     Django's settings must have a SECRET_KEY, too: a worker would start without it, and fail in the first task that signs.
 
     Raises:
+        BadApplication: if a task is sent in a form that no worker takes.
         Exception: whatever a module raises.
     """
     # Celery logs the traceback of what it then raises.
@@ -101,7 +164,12 @@ def load_tasks(app: Celery) -> list[str]:
     _ = app.backend, app.connection_for_read().get_transport_cls()
     if "DJANGO_SETTINGS_MODULE" in os.environ and "django.conf" in sys.modules:
         _ = sys.modules["django.conf"].settings.SECRET_KEY
-    return [name for name in app.tasks if not name.startswith(BUILT_IN)]
+    tasks = {name: task for name, task in app.tasks.items() if not name.startswith(BUILT_IN)}
+    # With encryption, all are sent as JSON, whatever they ask for.
+    for name, task in tasks.items() if app.conf.task_serializer == "json" else ():
+        if task.serializer not in (None, "json"):
+            raise BadApplication(f"task {name} has serializer={task.serializer!r}; allowed: json ({NO_PICKLE})")
+    return list(tasks)
 
 
 @contextmanager

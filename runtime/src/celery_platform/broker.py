@@ -9,12 +9,11 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 import redis
 from celery import Celery
 from kombu import connection
-from pydantic import SecretStr
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
-from celery_platform.settings import Settings
+from celery_platform.settings import SecretStr, Settings
 
 #: Seconds. kombu's defaults wait for ever on a half-open connection. A frozen Redis is given up after SOCKET_TIMEOUT by who
 #: sends a task, and after twice the interval of health checks by who waits for one; sooner with Sentinel, which has named

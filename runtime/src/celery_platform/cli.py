@@ -10,12 +10,15 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import Enum
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,15 +29,11 @@ from kombu import serialization
 from kombu.entity import Queue
 from celery.exceptions import BackendError
 from kombu.exceptions import KombuError
-from pydantic import SecretStr
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from celery_platform import application, configuration
 from celery_platform.dead_letters import REASONS, DeadLetter, Letters, Store, StoreError, store_of
 from celery_platform.queue_status import queues
-from celery_platform.settings import MASK, PREFIX, BadSettings, Settings, is_secret, load_settings
+from celery_platform.settings import FIELDS, MASK, PREFIX, BadSettings, SecretStr, Settings, as_written, is_secret, load_settings
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -53,24 +52,27 @@ def config(as_json: bool) -> None:
     """Print the effective configuration, without secrets, and where each value comes from."""
     settings = _settings()
     with application.explained():
-        choices = configuration.apply(application.find(settings.application), settings)
+        app = application.find(settings.application)
+        in_force = configuration.with_own(app, settings)
+        choices = configuration.apply(app, settings)
     hide = hider(settings)
-    ours = [(PREFIX + name.upper(), hide(_own(settings, name)), _source(name)) for name in Settings.model_fields]
-    theirs = [(choice.name, hide(choice.value), choice.source) for choice in configuration.in_force(choices, settings)]
-    rows = [{"name": name, "value": value, "source": source} for name, value, source in ours + theirs]
+    ours = [(PREFIX + name.upper(), hide(_own(settings, name)), _source(name)) for name in FIELDS]
+    rows = [{"name": name, "value": value, "source": source} for name, value, source in ours]
+    for choice in configuration.in_force(choices, in_force):
+        row = {"name": choice.name, "value": hide(choice.value), "source": choice.source}
+        rows.append(row | ({"overruled": hide(choice.overruled), "reason": hide(choice.reason)} if choice.reason else {}))
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     else:
-        _print_table(("Name", "Value", "From"), [(row["name"], _shown(row["value"]), row["source"]) for row in rows])
+        columns = ("name", "value", "source", "overruled")
+        _print_table(("Name", "Value", "From", "Overruled"), [[_shown(row.get(column)) for column in columns] for row in rows])
 
 
 def _own(settings: Settings, name: str) -> Any:
     value = getattr(settings, name)
     if is_secret(name):
         return value and MASK
-    dumped: Any = settings.model_dump(mode="json", include={name}, exclude_none=True).get(name)
-    # As they can be written: a queue without a priority is its name.
-    return [queue["name"] if len(queue) == 1 else queue for queue in dumped] if name == "queues" else dumped
+    return as_written(value)
 
 
 def _source(name: str) -> str:
@@ -85,7 +87,7 @@ def hider(settings: Settings) -> Callable[[Any], Any]:
 
     Hidden are what belongs to a key `password`, passwords in URLs, and every text that holds a secret of the settings.
     """
-    values = [getattr(settings, name) for name in Settings.model_fields]
+    values = [getattr(settings, name) for name in FIELDS]
     secrets = [line for value in values if isinstance(value, SecretStr) for line in value.get_secret_value().splitlines() if line]
     written = sorted({form for secret in secrets for form in (secret, quote(secret, safe=""))}, key=len, reverse=True)
 
@@ -433,12 +435,19 @@ def _print_table(columns: Any, rows: Any) -> None:
         for row in (columns, *rows):
             click.echo("\t".join(cell.replace("\n", " ") for cell in row))
         return
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    rows.insert(0, list(columns))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    # The widest columns give way.
+    while sum(widths) + 2 * len(widths) > max(shutil.get_terminal_size().columns, 12 * len(widths)):
+        widths[widths.index(max(widths))] -= 1
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    Console(highlight=False).print(table)
+        cells = [_folded(cell, width) for cell, width in zip(row, widths, strict=True)]
+        for line in zip_longest(*cells, fillvalue=""):
+            click.echo("  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _folded(text: str, width: int) -> list[str]:
+    return [part for line in text.splitlines() for part in textwrap.wrap(line, width) or [""]]
 
 
 if __name__ == "__main__":

@@ -35,11 +35,10 @@ from celery.app.task import Context
 from celery.utils.log import ColorFormatter, get_multiprocessing_logger
 from celery.worker.consumer import consumer as celery_consumer
 from celery.worker.request import Request
-from pydantic import SecretStr
 
 from celery_platform import systemd
 from celery_platform.queues import DELAY
-from celery_platform.settings import MASK, Settings
+from celery_platform.settings import MASK, SecretStr, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime"
 def masker(settings: Settings) -> Mask:
     """Return a function that replaces passwords in URLs, and all secrets of the settings, by asterisks."""
     known: set[str] = set()
-    for _, value in settings:
+    for value in vars(settings).values():
         if isinstance(value, SecretStr):
             text = value.get_secret_value()
             known |= {text, *text.splitlines()}
@@ -412,7 +411,7 @@ def install(app: Celery, settings: Settings) -> None:
             return JsonFormatter(mask)
         return TextFormatter(mask, with_time=not (handler is Journal and in_journal))
 
-    level = settings.log_level if "log_level" in settings.model_fields_set else None
+    level = settings.log_level if "log_level" in settings.given else None
 
     def set_up(logger: logging.Logger, logfile: str | None = None, **_: object) -> None:
         for target in (logger, get_multiprocessing_logger()):

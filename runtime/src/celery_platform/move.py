@@ -18,12 +18,11 @@ from typing import Any
 from celery import Celery
 from kombu.entity import Queue
 from kombu.transport.native_delayed_delivery import MAX_NUMBER_OF_BITS_TO_USE, level_name
-from pydantic import SecretStr
 
 from celery_platform import configuration, guards, redis_transport
 from celery_platform.dead_letters import RUNS_HEADER, Original, Store, store_of
 from celery_platform.queues import DELAY
-from celery_platform.settings import BadSettings, Settings
+from celery_platform.settings import BadSettings, SecretStr, Settings
 
 #: Messages that are brought before the first of them is acknowledged, at most.
 PREFETCH = 100
@@ -39,10 +38,14 @@ def bring(url: str, password: str, app: Celery, store: Store, settings: Settings
         the errors of kombu and its drivers, if a broker does not answer.
         LookupError: if a delayed task is for a queue that is no more; all others have been brought.
     """
-    source, found = _other(settings, url, password)
+    refused = "The URL to bring tasks from; allowed: one of Redis, Sentinel or RabbitMQ, other than the broker in use"
+    try:
+        source, found = _other(settings, url, password)
+    except BadSettings as error:
+        raise BadSettings(refused) from error
     there = store_of(source, found)
     if there is None or url == settings.broker_url:
-        raise BadSettings("The URL to bring tasks from; allowed: one of Redis, Sentinel or RabbitMQ, other than the broker in use")
+        raise BadSettings(refused)
     if settings.uses_rabbitmq and settings.declare_queues:
         guards.declare_delays(app)
     brought: Counter[str] = Counter()
@@ -76,7 +79,7 @@ def bring(url: str, password: str, app: Celery, store: Store, settings: Settings
 
 def _other(settings: Settings, url: str, password: str) -> tuple[Celery, Settings]:
     """Return an application with another broker, whose queues are those of the settings, and its settings."""
-    found = settings.model_copy(update={"broker_url": url, "broker_password": SecretStr(password), "declare_queues": False})
+    found = replace(settings, broker_url=url, broker_password=SecretStr(password), declare_queues=False)
     app = Celery("other", set_as_current=False)
     app.conf.update(configuration.celery_config(found))
     guards.use_transport()

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import difflib
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
-
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "CELERY_PLATFORM_"
 MASK = "********"
 #: Bytes of a key for AES-256.
 KEY_SIZE = 32
 ALLOWED_KEYS = f"one key a line, {KEY_SIZE} bytes in base64url, as `celery-platform generate-key` prints them"
+#: What stands for yes and no, in any case.
+BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 class BadSettings(Exception):
@@ -34,132 +36,162 @@ class Conflict(NamedTuple):
     text: str
 
 
-class Conflicts(ValueError):
-    """Settings that do not fit together."""
+class SecretStr:
+    """A text that is shown only to who asks for it by `get_secret_value()`."""
 
-    def __init__(self, conflicts: list[Conflict]) -> None:
-        super().__init__("\n".join(conflict.text for conflict in conflicts))
-        self.conflicts = conflicts
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def get_secret_value(self) -> str:
+        """Return the text."""
+        return self._text
+
+    def __repr__(self) -> str:
+        """Return asterisks."""
+        return f"SecretStr({MASK!r})"
+
+    __str__ = __repr__
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether both hold the same text."""
+        return isinstance(other, SecretStr) and other._text == self._text
+
+    def __hash__(self) -> int:
+        """Return the text's hash."""
+        return hash(self._text)
 
 
-def _readable(path: Path) -> Path:
-    if not os.access(path, os.R_OK):
-        raise ValueError("must be a file that this service can read")
-    return path
+def _between(least: int, most: int | None = None) -> Callable[[int], None]:
+    def check(value: int) -> None:
+        if value < least:
+            raise ValueError(f"Input should be greater than or equal to {least}")
+        if most is not None and value > most:
+            raise ValueError(f"Input should be less than or equal to {most}")
+
+    return check
 
 
-def _rate(text: str) -> str:
+def _rate(text: str) -> None:
     if not re.fullmatch(r"[1-9][0-9]*/[smh]", text):
         raise ValueError("a number a second, minute or hour: 10/s, 10/m, 10/h")
-    return text
 
 
-def _queue_name(name: str) -> str:
+def _queue_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
         raise ValueError("letters, digits, _ . and -")
-    return name
 
 
-Seconds = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[str, AfterValidator(_rate)]
-ReadableFile = Annotated[Path, AfterValidator(_readable)]
+def _no_password(value: str) -> None:
+    for url in value.split(";"):
+        login, at, _ = url.partition("://")[2].partition("@")
+        if at and ":" in login:
+            raise ValueError("must hold no password; that is a credential")
 
 
-class QueueSetting(BaseModel):
+def _hosts_and_ports(value: str) -> None:
+    for url in value.split(";"):
+        try:
+            parts = urlsplit(url)
+            _ = parts.port
+        except ValueError:
+            raise ValueError("must give hosts as name:port or address:port, with an IPv6 address in brackets: [::1]:6379") from None
+        if parts.scheme in ("redis", "rediss", "sentinel") and not re.fullmatch(r"/?|/[0-9]+", parts.path):
+            raise ValueError("must end with the number of a database of Redis, as in redis://host:6379/0")
+
+
+def _known_broker(value: str) -> None:
+    schemes = {url.partition("://")[0] for url in value.split(";")}
+    if len(schemes) != 1 or not schemes <= {"redis", "rediss", "sentinel", "amqp", "amqps", "memory"}:
+        raise ValueError("must begin with redis://, rediss://, sentinel://, amqp:// or amqps://, the same for all hosts")
+
+
+def _webhook(value: SecretStr) -> None:
+    parts = urlsplit(value.get_secret_value())
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("a URL, http:// or https://")
+
+
+def _keys(value: SecretStr) -> None:
+    keys_in(value.get_secret_value())
+
+
+#: What a value is, and after that what it must keep to.
+Count = Annotated[int, _between(1)]
+Seconds = Count
+Priority = Annotated[int, _between(0, 9)]
+Rate = Annotated[str, _rate]
+Url = Annotated[str, _no_password, _hosts_and_ports]
+
+
+@dataclass(frozen=True)
+class QueueSetting:
     """A queue: its name, and the priority of messages that are sent to it without one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: Annotated[str, AfterValidator(_queue_name)]
-    priority: Annotated[int, Field(ge=0, le=9)] | None = None
+    name: Annotated[str, _queue_name]
+    priority: Priority | None = None
 
 
-class Route(BaseModel):
+@dataclass(frozen=True)
+class Route:
     """Where a task goes: a queue, a priority, or both."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     queue: str | None = None
-    priority: Annotated[int, Field(ge=0, le=9)] | None = None
+    priority: Priority | None = None
 
 
-class Breaker(BaseModel):
+@dataclass(frozen=True)
+class Breaker:
     """When a circuit breaker opens: failures in a row. And for how many seconds, until one task is tried."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     failures: Count = 5
     reset: Seconds = 60
 
 
-class EnvironmentSource(PydanticBaseSettingsSource):
-    """Reads `CELERY_PLATFORM_*` from the environment."""
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a service is told. Values may be as the environment has them: "900", or a queue's name.
 
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        """Return the value of the field's variable."""
-        return _values(os.environ).get(field_name), field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        """Return all settings that are there."""
-        return _values(os.environ)
-
-
-class CredentialsSource(PydanticBaseSettingsSource):
-    """Reads secrets from the files that systemd hands over (LoadCredential=), named as the fields are."""
-
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        """Return the content of the field's file."""
-        folder = os.environ.get("CREDENTIALS_DIRECTORY")
-        path = Path(folder, field_name) if folder else None
-        return (path.read_text().rstrip("\n") if path and path.exists() else None), field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        """Return all secrets that are there."""
-        secrets = {name: self.get_field_value(field, name)[0] for name, field in self.settings_cls.model_fields.items() if is_secret(name)}
-        return {name: value for name, value in secrets.items() if value is not None}
-
-
-class Settings(BaseSettings):
-    """What a service is told."""
-
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
+    Raises:
+        BadSettings: if a value does not fit. Whether they fit together is told by `load_settings`.
+    """
 
     #: The user's application, as `celery -A` takes it.
     application: str
 
     # --- Broker and result backend. Secrets are credentials of the same names, never environment variables. ---
     #: One URL, or several with `;` between them: redis, rediss, sentinel, amqp, amqps. Without password.
-    broker_url: str
+    broker_url: Annotated[Url, _known_broker]
     broker_password: SecretStr | None = None
     #: None: results are not kept.
-    result_backend: str | None = None
+    result_backend: Url | None = None
     result_backend_password: SecretStr | None = None
+    #: Nobody chose that result backend: one that the application has elsewhere (django-db) wins over it.
+    result_backend_is_default: bool = False
     #: Name that Sentinel gives the master, and the user (None: `default`) and password of Sentinel itself.
     sentinel_master: str = "celery"
     sentinel_user: str | None = None
     sentinel_password: SecretStr | None = None
-    tls_ca_file: ReadableFile | None = None
-    tls_cert_file: ReadableFile | None = None
-    tls_key_file: ReadableFile | None = None
+    tls_ca_file: Path | None = None
+    tls_cert_file: Path | None = None
+    tls_key_file: Path | None = None
     #: Name that the certificates of all RabbitMQ nodes share. None: each has its own host's.
     tls_server_name: str | None = None
     #: What all keys and channels in Redis begin with.
     key_prefix: str = ""
     pool_limit: Count = 10
     #: Seconds for which a task is tried to be published; must outlast a failover. (With Redis, tries, up to a second apart.)
-    publish_timeout: Annotated[int, Field(ge=0)] = 60
+    publish_timeout: Annotated[int, _between(0)] = 60
     #: `atomic` loses no message of a killed worker; `kombu` is kombu's own, for versions that ours is not proven with.
     redis_transport: Literal["atomic", "kombu"] = "atomic"
     #: With `atomic`: replicas that must have a message before its publish returns, and seconds that they have for it.
-    confirm_replicas: Annotated[int, Field(ge=0)] = 0
-    confirm_timeout: Annotated[int, Field(gt=0, le=8)] = 3
+    confirm_replicas: Annotated[int, _between(0)] = 0
+    confirm_timeout: Annotated[int, _between(1, 8)] = 3
 
     # --- Queues ---
     default_queue: str = "default"
-    queues: list[QueueSetting] = [QueueSetting(name="default")]
+    queues: list[QueueSetting] = field(default_factory=lambda: [QueueSetting("default")])
     #: By task name; globs allowed, the first match wins.
-    routes: dict[str, Route] = {}
+    routes: dict[str, Route] = field(default_factory=dict)
     #: False: RabbitMQ has them and all that Celery needs beside them (roles/rabbitmq), so that no user need be permitted to declare.
     declare_queues: bool = True
 
@@ -178,15 +210,15 @@ class Settings(BaseSettings):
 
     # --- Resilience: by task name, globs allowed ---
     #: Tasks whose connection errors are retried, unless they do so themselves.
-    retry_tasks: list[str] = []
+    retry_tasks: list[str] = field(default_factory=list)
     retry_max: Count = 5
     #: Seconds until the first retry and at most; each wait is twice the one before, less up to half of it by chance.
     retry_backoff: Seconds = 1
     retry_backoff_max: Seconds = 300
     #: The first match wins. The tasks of one glob share its circuit, and its rate.
-    breakers: dict[str, Breaker] = {}
+    breakers: dict[str, Breaker] = field(default_factory=dict)
     #: Runs a second, minute or hour by all workers together: `10/m`.
-    rate_limits: dict[str, Rate] = {}
+    rate_limits: dict[str, Rate] = field(default_factory=dict)
 
     # --- Results ---
     result_expires: Seconds = 3600
@@ -195,7 +227,7 @@ class Settings(BaseSettings):
     # --- Encryption of bodies and results: `migrate` writes encrypted and still reads plain text. ---
     encryption: Literal["off", "migrate", "on"] = "off"
     #: One key a line, as `celery-platform generate-key` prints them. The first one writes, all read.
-    encryption_keys: SecretStr | None = None
+    encryption_keys: Annotated[SecretStr, _keys] | None = None
 
     # --- Logs ---
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
@@ -207,82 +239,25 @@ class Settings(BaseSettings):
     dead_letters: bool = True
 
     # --- Alerts: posted to the URL in the credential `alert_webhook`; none if there is none. ---
-    alert_webhook: SecretStr | None = None
+    alert_webhook: Annotated[SecretStr, _webhook] | None = None
     #: Seconds that alerts are gathered before one message tells them all, and that a post may take.
     alert_interval: Seconds = 30
     alert_timeout: Seconds = 5
     #: Messages an hour at most.
     alert_rate: Count = 30
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read credentials before the environment, and no other files."""
-        return init_settings, CredentialsSource(settings_cls), EnvironmentSource(settings_cls)
+    #: Names of the settings that were set, and have no default's value.
+    given: frozenset[str] = frozenset()
 
-    @field_validator("queues", mode="before")
-    @classmethod
-    def _names_are_queues(cls, value: Any) -> Any:
-        return [{"name": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+    def __post_init__(self) -> None:
+        """Make each value one of its field's type."""
+        wrong: list[Unfit] = []
+        for name, kind in FIELDS.items():
+            object.__setattr__(self, name, _read(kind, getattr(self, name), (name,), wrong))
+        if wrong:
+            raise BadSettings("\n".join(map(_told, wrong)))
 
-    @field_validator("broker_url", "result_backend")
-    @classmethod
-    def _no_password(cls, value: str | None) -> str | None:
-        for url in (value or "").split(";"):
-            login, at, _ = url.partition("://")[2].partition("@")
-            if at and ":" in login:
-                raise ValueError("must hold no password; that is a credential")
-        return value
-
-    @field_validator("broker_url", "result_backend")
-    @classmethod
-    def _hosts_and_ports(cls, value: str | None) -> str | None:
-        for url in (value or "").split(";"):
-            try:
-                parts = urlsplit(url)
-                _ = parts.port
-            except ValueError:
-                raise ValueError("must give hosts as name:port or address:port, with an IPv6 address in brackets: [::1]:6379") from None
-            if parts.scheme in ("redis", "rediss", "sentinel") and not re.fullmatch(r"/?|/[0-9]+", parts.path):
-                raise ValueError("must end with the number of a database of Redis, as in redis://host:6379/0")
-        return value
-
-    @field_validator("encryption_keys")
-    @classmethod
-    def _keys(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None:
-            keys_in(value.get_secret_value())
-        return value
-
-    @field_validator("alert_webhook")
-    @classmethod
-    def _webhook(cls, value: SecretStr | None) -> SecretStr | None:
-        parts = urlsplit(value.get_secret_value() if value else "https://none")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("a URL, http:// or https://")
-        return value
-
-    @field_validator("broker_url")
-    @classmethod
-    def _known_broker(cls, value: str) -> str:
-        schemes = {url.partition("://")[0] for url in value.split(";")}
-        if len(schemes) != 1 or not schemes <= {"redis", "rediss", "sentinel", "amqp", "amqps", "memory"}:
-            raise ValueError("must begin with redis://, rediss://, sentinel://, amqp:// or amqps://, the same for all hosts")
-        return value
-
-    @model_validator(mode="after")
-    def _values_fit_together(self) -> Self:
-        if conflicts := list(self._conflicts()):
-            raise Conflicts(conflicts)
-        return self
-
-    def _conflicts(self) -> Iterator[Conflict]:
+    def conflicts(self) -> Iterator[Conflict]:
         """Yield what is wrong with values that are right each by itself."""
         names = [queue.name for queue in self.queues]
         known = f"one of {PREFIX}QUEUES, {', '.join(names)}"
@@ -390,33 +365,96 @@ def keys_in(text: str) -> list[bytes]:
     return keys
 
 
-def is_secret(field: str) -> bool:
+class Unfit(NamedTuple):
+    """A value that does not fit: where it stands (field, keys and indexes), and what is allowed."""
+
+    path: tuple[Any, ...]
+    value: Any
+    allowed: str
+
+
+def _read(kind: Any, value: Any, path: tuple[Any, ...], wrong: list[Unfit]) -> Any:
+    """Return a value as one of this type; what does not fit is added to `wrong`."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        before = len(wrong)
+        found = _read(arguments[0], value, path, wrong)
+        with _noting(wrong, path, value):
+            for check in arguments[1:] if len(wrong) == before else ():
+                check(found)
+        return found
+    if origin in (Union, UnionType):
+        return None if value is None else _read(arguments[0], value, path, wrong)
+    if origin is list and isinstance(value, list | tuple):
+        return [_read(arguments[0], item, (*path, index), wrong) for index, item in enumerate(value)]
+    if origin is dict and isinstance(value, Mapping):
+        return {str(key): _read(arguments[1], item, (*path, key), wrong) for key, item in value.items()}
+    if kind in (QueueSetting, Route, Breaker) and not isinstance(value, kind):
+        return _read_dataclass(kind, {"name": value} if kind is QueueSetting and isinstance(value, str) else value, path, wrong)
+    with _noting(wrong, path, value):
+        return _scalar(kind, value)
+
+
+def _read_dataclass(kind: Any, value: Any, path: tuple[Any, ...], wrong: list[Unfit]) -> Any:
+    if not isinstance(value, Mapping):
+        wrong.append(Unfit(path, value, "Input should be a mapping"))
+        return None
+    hints = get_type_hints(kind, include_extras=True)
+    missing = [item.name for item in dataclasses.fields(kind) if item.default is dataclasses.MISSING and item.name not in value]
+    wrong += [Unfit((*path, name), value, "Field required") for name in missing]
+    read = {name: _read(hint, value[name], (*path, name), wrong) for name, hint in hints.items() if name in value}
+    wrong += [Unfit((*path, name), item, "Extra inputs are not permitted") for name, item in value.items() if name not in hints]
+    return None if missing else kind(**read)
+
+
+def _scalar(kind: Any, value: Any) -> Any:
+    if get_origin(kind) is Literal:
+        if value not in (choices := get_args(kind)):
+            *most, last = map(repr, choices)
+            raise ValueError(f"Input should be {', '.join(most)} or {last}")
+        return value
+    if kind is bool and str(value).lower() in BOOLEANS:
+        return BOOLEANS[str(value).lower()]
+    if kind is int and not isinstance(value, bool) and re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", str(value)):
+        return int(value)
+    if kind in (Path, SecretStr) and isinstance(value, str):
+        return kind(value)
+    if isinstance(kind, type) and kind is not int and isinstance(value, kind):
+        return value
+    names = {bool: "boolean", int: "integer", list: "list", dict: "dictionary"}
+    raise ValueError(f"Input should be a valid {names.get(get_origin(kind) or kind, 'string')}")
+
+
+@contextlib.contextmanager
+def _noting(wrong: list[Unfit], path: tuple[Any, ...], value: Any) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        wrong.append(Unfit(path, value, str(error)))
+
+
+#: The settings: names and types.
+FIELDS: dict[str, Any] = {name: kind for name, kind in get_type_hints(Settings, include_extras=True).items() if name != "given"}
+REQUIRED = ("application", "broker_url")
+FILES = ("tls_ca_file", "tls_cert_file", "tls_key_file")
+
+
+def is_secret(name: str) -> bool:
     """Tell whether a setting is a secret, which comes as a credential and is never shown."""
-    return "SecretStr" in str(Settings.model_fields[field].annotation)
+    return "SecretStr" in str(FIELDS[name])
 
 
-class _Given(Settings):
-    """Settings of which this process's own environment and credentials are no part."""
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read nothing."""
-        return (init_settings,)
-
-
-class _Planned(_Given):
-    """Settings of a service on another host, whose files are not here."""
-
-    tls_ca_file: Path | None = None
-    tls_cert_file: Path | None = None
-    tls_key_file: Path | None = None
+def as_written(value: Any) -> Any:
+    """Return the value of a setting as it can be written in JSON: a queue without a priority is its name."""
+    if isinstance(value, QueueSetting) and value.priority is None:
+        return value.name
+    if dataclasses.is_dataclass(value):
+        return {name: item for name, item in vars(value).items() if item is not None}
+    if isinstance(value, dict):
+        return {name: as_written(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [as_written(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def load_settings() -> Settings:
@@ -425,9 +463,11 @@ def load_settings() -> Settings:
     Raises:
         BadSettings: if a variable is unknown, does not fit, or is missing; all of them are named at once.
     """
-    if wrong := _problems(_Given, os.environ, CredentialsSource(Settings)()):
+    secrets = _credentials()
+    if wrong := _problems(os.environ, secrets, here=True):
         raise BadSettings("\n".join(wrong))
-    return Settings()
+    values = _values(os.environ) | secrets
+    return Settings(**values, given=frozenset(values))
 
 
 def planned_problems(environment: Mapping[str, str], secrets: Mapping[str, str], unknown: Collection[str] = ()) -> list[str]:
@@ -441,46 +481,57 @@ def planned_problems(environment: Mapping[str, str], secrets: Mapping[str, str],
     Returns:
         Texts: `<variable> <what is wrong>; allowed: <what is allowed>`, or `<variable> is not set`.
     """
-    return _problems(_Planned, environment, secrets, unknown)
+    return _problems(environment, secrets, unknown)
 
 
-def _problems(kind: type[Settings], environment: Mapping[str, str], secrets: Mapping[str, str], unknown: Collection[str] = ()) -> list[str]:
+def _problems(
+    environment: Mapping[str, str], secrets: Mapping[str, str], unknown: Collection[str] = (), *, here: bool = False
+) -> list[str]:
     values = {name: value for name, value in (_values(environment) | dict(secrets)).items() if name not in unknown}
-    errors = _errors(kind, values)
-    unfit = {str(error["loc"][0]) for error in errors if error["loc"]}
-    wrong = [*_unknown_variables(environment), *(_told(error) for error in errors if error["loc"] and error["loc"][0] not in unknown)]
-    if unfit:
-        # pydantic looks for conflicts only among values that fit, so these get what stands for those that do not.
-        fit = {name: value for name, value in values.items() if name not in unfit}
-        errors = _errors(kind, {"application": "-", "broker_url": "memory://"} | fit)
-    conflicts = [conflict for error in errors for conflict in getattr(error.get("ctx", {}).get("error"), "conflicts", [])]
-    return wrong + [conflict.text for conflict in conflicts if conflict.inputs.isdisjoint(unfit.union(unknown))]
+    wrong: list[Unfit] = []
+    told = _unknown_variables(environment)
+    unfit = set(unknown)
+    for name, kind in FIELDS.items():
+        before = len(wrong)
+        if name in values:
+            found = _read(kind, values[name], (name,), wrong)
+            if here and name in FILES and not os.access(found, os.R_OK):
+                wrong.append(Unfit((name,), values[name], "must be a file that this service can read"))
+        elif name in REQUIRED and name not in unknown:
+            unfit.add(name)
+            told.append(f"{PREFIX}{name.upper()} is not set")
+        if len(wrong) > before:
+            unfit.add(name)
+            told += map(_told, wrong[before:])
+    # Conflicts are looked for among values that fit; these two stand for those that do not.
+    fit = {name: value for name, value in values.items() if name not in unfit}
+    settings = Settings(**({"application": "-", "broker_url": "memory://"} | fit))
+    return told + [conflict.text for conflict in settings.conflicts() if conflict.inputs.isdisjoint(unfit)]
 
 
-def _errors(kind: type[Settings], values: dict[str, Any]) -> list[Any]:
-    try:
-        kind(**values)
-    except ValidationError as error:
-        return list(error.errors())
-    return []
+def _credentials() -> dict[str, str]:
+    """Return the secrets in the files that systemd hands over (LoadCredential=), named as the settings are."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    files = {name: Path(folder, name) for name in FIELDS if is_secret(name)} if folder else {}
+    return {name: file.read_text().rstrip("\n") for name, file in files.items() if file.exists()}
 
 
 def _values(environment: Mapping[str, str]) -> dict[str, Any]:
     """Return the settings in an environment by field; lists and mappings are JSON, and left as text where they are not."""
     values: dict[str, Any] = {}
-    for name, field in Settings.model_fields.items():
+    for name, kind in FIELDS.items():
         text = environment.get(PREFIX + name.upper())
         if text is None or is_secret(name):
             continue
         values[name] = text
-        if get_origin(field.annotation) in (list, dict):
+        if get_origin(kind) in (list, dict):
             with contextlib.suppress(ValueError):
                 values[name] = json.loads(text)
     return values
 
 
 def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    known = {PREFIX + name.upper() for name in FIELDS}
     wrong = []
     for name in sorted(environment):
         if name.startswith(PREFIX) and name not in known:
@@ -491,13 +542,10 @@ def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
     return wrong
 
 
-def _told(error: Any) -> str:
-    """Return the text of one of pydantic's errors."""
-    field, *rest = error["loc"]
-    variable = PREFIX + str(field).upper() + "".join(f"[{part}]" for part in rest)
-    if error["type"] == "missing" and not rest:
-        return f"{variable} is not set"
-    shown = MASK if is_secret(str(field)) else repr(error["input"])
-    if field in ("broker_url", "result_backend"):
+def _told(unfit: Unfit) -> str:
+    name, *rest = unfit.path
+    variable = PREFIX + name.upper() + "".join(f"[{part}]" for part in rest)
+    shown = MASK if is_secret(name) else repr(unfit.value)
+    if name in ("broker_url", "result_backend"):
         shown = re.sub(r"(://[^/@;]*?:)[^;]*@", rf"\1{MASK}@", shown)
-    return f"{variable} is {shown}; allowed: {str(error['msg']).removeprefix('Value error, ')}"
+    return f"{variable} is {shown}; allowed: {unfit.allowed}"

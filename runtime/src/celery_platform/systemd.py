@@ -20,6 +20,8 @@ from celery_platform.settings import Settings
 
 #: Signs of life in each period of the watchdog, so that one late one does not count (sd_watchdog_enabled(3) advises 2).
 SIGNS_PER_PERIOD = 3
+#: Seconds beyond the time limit that a worker has to stop, as in its unit (roles/celery_worker).
+STOP_MARGIN = 30
 
 
 def notify(message: str) -> None:
@@ -97,10 +99,6 @@ def _ready(**_: Any) -> None:
     notify("READY=1")
 
 
-def _stopping(**_: Any) -> None:
-    notify("STOPPING=1\nSTATUS=Finishing the running tasks")
-
-
 def _watch_beat(sender: Any, **_: Any) -> None:
     """Let each tick of beat's scheduler be a sign of life, and waiting for another beat's lock (RedBeat), too."""
     tick, ticking, interval = sender.scheduler.tick, threading.Event(), watchdog_interval()
@@ -127,5 +125,8 @@ def install(app: Celery, settings: Settings) -> None:
     """Report the services of an application to systemd."""
     app.steps["consumer"].add(SignsOfLife)
     signals.worker_ready.connect(_ready, weak=False)
-    signals.worker_shutting_down.connect(_stopping, weak=False)
+    # The unit's time may be for a shorter limit than the application's own.
+    time = (settings.time_limit + STOP_MARGIN) * 1_000_000
+    told = f"STOPPING=1\nEXTEND_TIMEOUT_USEC={time}\nSTATUS=Finishing the running tasks"
+    signals.worker_shutting_down.connect(lambda **_: notify(told), weak=False)
     signals.beat_init.connect(_watch_beat, weak=False)

@@ -51,11 +51,15 @@ def load() -> Celery:
     Raises:
         BadSettings: if the settings cannot be worked with.
     """
-    settings = load_settings()
-    app = application.find(settings.application)
-    configuration.apply(app, settings)
+    given = load_settings()
+    app = application.find(given.application)
+    own_broker = app.conf.broker_url
+    settings = configuration.with_own(app, given)
+    choices = configuration.apply(app, given)
+    configuration.tell_at_start(choices)
     for part in PARTS:
         part.install(app, settings)
+    application.serve_twins(app, own_broker)
     return app
 
 
