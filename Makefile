@@ -97,6 +97,7 @@ molecule: $(VENV)/test ## The quickstart on Debian 12, the lab of several hosts 
 
 test-all: lint unit ## All tests, on both releases; hours
 	$(call packages,$(BROWSER))
+	TEST_ALL=yes $(BIN)/pytest -q --capture=no runtime/tests/test_versions.py
 	TEST_ALL=yes PATH="$(CURDIR)/$(BIN):$$PATH" molecule/run quickstart:bookworm quickstart:trixie lab:trixie lab:bookworm
 
 DRILLS := molecule/lab/inventory

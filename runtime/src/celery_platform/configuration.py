@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from celery import Celery
 
-from celery_platform import beat, broker, queues
+from celery_platform import beat, broker, queues, versions
 from celery_platform.settings import PREFIX, Settings
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def apply(app: Celery, settings: Settings) -> list[Choice]:
     ours = celery_config(settings)
     for name, value in ours.items():
         explicit = FROM_SETTINGS.get(name) in settings.model_fields_set
-        own = app.conf[name] if app.conf.value_set_for(name) else None
+        own = app.conf[name] if versions.is_set(app, name) else None
         if explicit or own is None or own == value:
             choices.append(Choice(name, value, "environment" if explicit else "default"))
         elif name in AS_SAFE and AS_SAFE[name](own, settings):

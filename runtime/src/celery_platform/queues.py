@@ -8,9 +8,9 @@ from collections.abc import Container
 from typing import Any
 
 from kombu.entity import Exchange, Queue
-from kombu.transport.native_delayed_delivery import CELERY_DELAYED_DELIVERY_EXCHANGE, MAX_NUMBER_OF_BITS_TO_USE
 
 from celery_platform.settings import Settings
+from celery_platform.versions import CELERY_DELAYED_DELIVERY_EXCHANGE, MAX_NUMBER_OF_BITS_TO_USE
 
 #: What a delay puts before a routing key.
 DELAY = re.compile(rf"^(?:[01]\.){{{MAX_NUMBER_OF_BITS_TO_USE}}}")
