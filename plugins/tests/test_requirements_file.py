@@ -71,7 +71,7 @@ def test_it_is_read_as_pip_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]
     ours = [(*line.origin.rsplit(":", 1), "" if line.options else line.text.split(" --hash")[0], line.is_constraint) for line in lines]
     assert [(file, int(number), text, c) for file, number, text, c in ours] == theirs
-    assert len(ours) == 15
+    assert len(ours) == 16
     assert requirements_file.unpinned(lines) == []
 
 
