@@ -11,13 +11,14 @@ description:
     hash can name the release.
   - Of folders, it packs what git would keep, whether they are in a repository or not. What a .gitignore names, and git does not
     track, stays here.
+  - Of requirements files, all of pip's syntax is packed as it is meant, or refused with file and line.
 options:
   source:
     description: Folder or wheel of the application.
     type: path
     required: true
   requirements:
-    description: Requirements file. Files that it includes (C(-r)) are written into it.
+    description: Requirements file. Files that it includes (C(-r), C(-c)) are packed with it.
     type: path
     required: true
   runtime:
@@ -33,6 +34,20 @@ options:
     type: list
     elements: str
     default: []
+  include:
+    description: Names, with globs, of files of I(source) that are packed though a .gitignore, or this module, leaves them out.
+    type: list
+    elements: str
+    default: []
+  python_path:
+    description: Folders of I(source) that modules are imported from, besides itself.
+    type: list
+    elements: str
+    default: []
+  install:
+    description: Whether the host installs I(source) into the virtual environment. Not if it is no project that can be built.
+    type: bool
+    default: true
 author: Celery Platform
 """
 
@@ -46,7 +61,11 @@ archive:
   returned: always
   type: str
 unpinned:
-  description: Requirements without an exact version.
+  description: Requirements without an exact version, each with file and line.
+  returned: always
+  type: list
+left_out:
+  description: Files that an application may read, and that are not packed, for they usually hold secrets.
   returned: always
   type: list
 """
@@ -56,22 +75,38 @@ import fnmatch
 import gzip
 import hashlib
 import io
+import json
 import os
-import re
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.requirements_file import (
+    INDEX_OPTIONS,
+    SOURCE,
+    BadRequirements,
+    Line,
+    conflicts,
+    logical_lines,
+    project_name,
+    read,
+    unpinned,
+)
+from packaging.requirements import Requirement
 
 #: Time of every packed file, in seconds since 1970: 1 January 2000. Wheels, being zip files, refuse times before 1980.
 PACKED_TIME = 946_684_800
 
-#: Never part of a release: version control, caches, environments, and files that usually hold secrets.
+#: Files that usually hold secrets, and endings of those that are there to be copied.
+DOTENV = (".env", ".env.*")
+SAMPLES = (".example", ".sample", ".template", ".dist")
+#: Never part of a release, unless asked for: version control, caches, environments, and those files.
 ALWAYS_EXCLUDED = (
-    ".git", ".hg", ".svn", "__pycache__", "*.pyc", ".venv", "venv", ".tox", ".nox", ".env", ".env.*", ".mypy_cache",
+    ".git", ".hg", ".svn", "__pycache__", "*.pyc", ".venv", "venv", ".tox", ".nox", *DOTENV, ".mypy_cache",
     ".pytest_cache", ".ruff_cache", "node_modules", "*.egg-info",
 )  # fmt: skip
 
@@ -147,62 +182,69 @@ def files_of(folder: Path, exclude: tuple[str, ...]) -> Iterator[Path]:
             raise OSError(f"the submodule {path} is not checked out: git -C {folder} submodule update --init --recursive")
 
 
-def requirement_lines(text: str) -> Iterator[str]:
-    """Yield the requirements of a requirements file, without comments, options and hashes."""
-    for line in text.replace("\\\n", " ").splitlines():
-        line = re.split(r"(?:^|\s)#", line)[0].split(" --")[0].strip()
-        if line and not line.startswith("-"):
-            yield line
+def included(folder: Path, include: tuple[str, ...], exclude: tuple[str, ...]) -> Iterator[Path]:
+    """Yield the files of a folder that are asked for by name, or by their path in it; not from what is excluded."""
+    for parent, folders, files in os.walk(folder) if include else ():
+        folders[:] = [name for name in folders if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude)]
+        for path in (Path(parent, name) for name in files):
+            if any(fnmatch.fnmatch(path.name, one) or fnmatch.fnmatch(str(path.relative_to(folder)), one) for one in include):
+                yield path
 
 
-def read_requirements(path: Path) -> str:
-    """Return a requirements file with the files that it includes in their places.
+def environment_files(folder: Path, packed: Iterable[Path]) -> list[str]:
+    """Return the .env files beside what is packed that are not; samples of them are of no use where it runs."""
+    packed = set(packed)
+    folders = {folder} | {parent for path in packed for parent in path.parents if parent.is_relative_to(folder)}
+    found = {path for one in folders for pattern in DOTENV for path in one.glob(pattern) if path.is_file()}
+    return sorted(str(path.relative_to(folder)) for path in found - packed if path.suffix not in SAMPLES)
+
+
+def chosen_files(source: Path, exclude: tuple[str, ...] = (), include: tuple[str, ...] = ()) -> list[Path]:
+    """Return the files and links of an application that are deployed, in a fixed order.
 
     Raises:
-        OSError: if one of them cannot be read.
+        OSError: if git cannot tell what is in it.
     """
-
-    def included(match: re.Match[str]) -> str:
-        return read_requirements(path.parent / match[1])
-
-    return re.sub(r"^\s*(?:-r|--requirement)[ =]?\s*(\S+).*$", included, path.read_text(), flags=re.MULTILINE)
+    files = set(files_of(source, (*ALWAYS_EXCLUDED, *exclude))) | set(included(source, include, (*ALWAYS_EXCLUDED, *exclude)))
+    return sorted(files, key=lambda path: path.parts)
 
 
-def project_name(requirement: str) -> str:
-    """Return the normalized project name of a requirement (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", re.split(r"[\s\[=<>!~;@(]", requirement, maxsplit=1)[0]).lower()
+def constraints_for(lines: list[Line], constraints: str) -> str:
+    """Return the constraints without the projects that the application chooses itself."""
+    own = {line.name for line in lines}
+    kept = [text for _, text in logical_lines(constraints) if project_name(Requirement(text).name) not in own]
+    return "".join(f"{text}\n" for text in kept)
 
 
-def unpinned(requirements: str) -> list[str]:
-    """Return the requirements that may resolve to another version tomorrow.
-
-    A repository is pinned by a version after its path (`…/shop@v1`), any other address by being one file's.
-    """
-    pinned = re.compile(r"==[^*]+$|^git\+[^/]+://[^/]*/.+@[^@:]+$|^(?!git\+)\w+://")
-    return [line for line in requirement_lines(requirements) if not pinned.search(line.split(";")[0].split(" @ ")[-1].strip())]
+def is_project(source: Path) -> bool:
+    """Tell whether a folder says how it is built (PEP 518). Without that, a pyproject.toml is the settings of tools."""
+    file = source / "pyproject.toml"
+    return file.is_file() and "build-system" in tomllib.loads(file.read_text())
 
 
-def constraints_for(requirements: str, constraints: str) -> str:
-    """Return the constraints without the projects that the application pins itself: its choice wins."""
-    own = {project_name(line) for line in requirement_lines(requirements)}
-    return "".join(f"{line}\n" for line in requirement_lines(constraints) if project_name(line) not in own)
-
-
-def contents(source: Path, requirements: str, runtime: Path, exclude: tuple[str, ...]) -> Iterator[tuple[str, Path | bytes]]:
+def contents(
+    source: Path, lines: list[Line], runtime: Path, files: list[Path], *, python_path: Iterable[str] = (), install: bool = True
+) -> Iterator[tuple[str, Path | bytes]]:
     """Yield the name and content of everything in a release."""
-    local = ["-c constraints.txt", "./runtime"]
     if source.is_dir():
-        for path in files_of(source, exclude):
+        for path in files:
             yield f"app/{path.relative_to(source)}", path
     else:
         yield "app/.keep", b""
         yield f"wheels/{source.name}", source
-        local.append(f"./wheels/{source.name}")
     for path in files_of(runtime, (*ALWAYS_EXCLUDED, "tests")):
         yield f"runtime/{path.relative_to(runtime)}", path
-    yield "requirements.txt", requirements.encode()
-    yield "constraints.txt", constraints_for(requirements, (runtime / "constraints.txt").read_text()).encode()
-    yield "local.txt", "\n".join([*local, ""]).encode()
+
+    def text(kept: Iterable[Line]) -> bytes:
+        return "".join(f"{line.text}  # {line.origin}\n" for line in kept).encode()
+
+    yield "requirements.txt", text(line for line in lines if not line.is_constraint)
+    yield "constraints.txt", text(line for line in lines if line.is_constraint)
+    yield "indexes.txt", text(line for line in lines if line.options and set(line.options) <= set(INDEX_OPTIONS))
+    yield "runtime-constraints.txt", constraints_for(lines, (runtime / "constraints.txt").read_text()).encode()
+    required = any(line.address == SOURCE for line in lines)
+    manifest = {"python_path": list(python_path), "install": install and not required and source.is_dir() and is_project(source)}
+    yield "release.json", json.dumps(manifest).encode()
 
 
 def pack(entries: Iterator[tuple[str, Path | bytes]]) -> bytes:
@@ -227,23 +269,27 @@ def pack(entries: Iterator[tuple[str, Path | bytes]]) -> bytes:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(
-        argument_spec={
-            "source": {"type": "path", "required": True},
-            "requirements": {"type": "path", "required": True},
-            "runtime": {"type": "path", "required": True},
-            "dest": {"type": "path", "required": True},
-            "exclude": {"type": "list", "elements": "str", "default": []},
-        },
-        supports_check_mode=True,
-    )
-    source, requirements, runtime, dest = (Path(module.params[name]) for name in ("source", "requirements", "runtime", "dest"))
+    lists = {name: {"type": "list", "elements": "str", "default": []} for name in ("exclude", "include", "python_path")}
+    paths = {name: {"type": "path", "required": True} for name in ("source", "requirements", "runtime", "dest")}
+    module = AnsibleModule(argument_spec=paths | lists | {"install": {"type": "bool", "default": True}}, supports_check_mode=True)
+    source, requirements, runtime, dest = (Path(os.path.abspath(module.params[name])) for name in paths)
+    exclude, include, python_path = (tuple(module.params[name]) for name in lists)
     if not source.exists():
         module.fail_json(msg=f"cannot pack the application: there is no {source}")
     try:
-        text = read_requirements(requirements)
-        packed = pack(contents(source, text, runtime, (*ALWAYS_EXCLUDED, *module.params["exclude"])))
-    except OSError as error:
+        lines = read(requirements, source)
+        files = chosen_files(source, exclude, include) if source.is_dir() else []
+        places = [(folder, "python_path") for folder in python_path]
+        places += [(line.address.removeprefix(SOURCE).strip("/"), line.origin) for line in lines if line.address.startswith(SOURCE)]
+        for folder, origin in places:
+            if not any(path.is_relative_to(source / folder) for path in files):
+                module.fail_json(msg=f"cannot pack the application: {origin}: nothing of {source / folder} would be deployed")
+        needs = tomllib.loads((runtime / "pyproject.toml").read_text())["project"].get("dependencies", [])
+        if found := conflicts(lines, needs):
+            told = "; ".join(found)
+            module.fail_json(msg=f"the runtime package does not work with what the application pins: {told} (runtime/pyproject.toml)")
+        packed = pack(contents(source, lines, runtime, files, python_path=python_path, install=module.params["install"]))
+    except (BadRequirements, OSError, tomllib.TOMLDecodeError) as error:
         module.fail_json(msg=f"cannot pack the application: {error}")
 
     release = hashlib.sha256(packed).hexdigest()[:12]
@@ -256,7 +302,13 @@ def main() -> None:
         partial.touch(mode=0o600)
         partial.write_bytes(gzip.compress(packed, mtime=0))
         partial.rename(archive)
-    module.exit_json(changed=False, id=release, archive=str(archive), unpinned=unpinned(text))
+    left_out = environment_files(source, files) if source.is_dir() else []
+    if left_out:
+        module.warn(
+            f"Not deployed, since such files usually hold secrets: {', '.join(left_out)}, of {source}. What the application reads there "
+            "belongs into celery_app_environment and celery_app_credentials; celery_app_include deploys a file as it is"
+        )
+    module.exit_json(changed=False, id=release, archive=str(archive), unpinned=unpinned(lines), left_out=left_out)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible.module_utils.requirements_file import project_name, read, unpinned
 from packaging.requirements import Requirement
 
 import celery_release
@@ -48,8 +49,10 @@ def runtime(tmp_path: Path) -> Path:
     )
 
 
-def packed(source: Path, runtime: Path, requirements: str = REQUIREMENTS, exclude: tuple[str, ...] = ()) -> bytes:
-    return celery_release.pack(celery_release.contents(source, requirements, runtime, (*celery_release.ALWAYS_EXCLUDED, *exclude)))
+def packed(source: Path, runtime: Path, requirements: str = REQUIREMENTS, exclude: tuple[str, ...] = (), **options: Any) -> bytes:
+    lines = read(write(source.parent / "pinned", {"requirements.txt": requirements}) / "requirements.txt", source.parent / "pinned")
+    files = celery_release.chosen_files(source, exclude, options.pop("include", ())) if source.is_dir() else []
+    return celery_release.pack(celery_release.contents(source, lines, runtime, files, **options))
 
 
 def opened(archive: bytes) -> dict[str, tarfile.TarInfo]:
@@ -79,12 +82,14 @@ def test_a_folder_is_packed_with_the_runtime(source: Path, runtime: Path) -> Non
         "runtime/src/celery_platform/__init__.py",
         "requirements.txt",
         "constraints.txt",
-        "local.txt",
+        "indexes.txt",
+        "runtime-constraints.txt",
+        "release.json",
     ]
     assert text_of(archive, "app/shop/tasks.py") == "rate = 1\n"
-    assert text_of(archive, "requirements.txt") == REQUIREMENTS
-    assert text_of(archive, "constraints.txt") == "pydantic==2.14.3\n"
-    assert text_of(archive, "local.txt") == "-c constraints.txt\n./runtime\n"
+    assert text_of(archive, "requirements.txt") == "celery==5.7.0  # requirements.txt:1\nredis==8.1.0  # requirements.txt:2\n"
+    assert text_of(archive, "runtime-constraints.txt") == "pydantic==2.14.3\n"
+    assert json.loads(text_of(archive, "release.json")) == {"python_path": [], "install": False}
 
 
 def test_a_wheel_is_packed_with_the_runtime(tmp_path: Path, runtime: Path) -> None:
@@ -94,7 +99,6 @@ def test_a_wheel_is_packed_with_the_runtime(tmp_path: Path, runtime: Path) -> No
     archive = packed(wheel, runtime)
 
     assert text_of(archive, "wheels/shop-1.0-py3-none-any.whl") == "PK wheel"
-    assert text_of(archive, "local.txt") == "-c constraints.txt\n./runtime\n./wheels/shop-1.0-py3-none-any.whl\n"
     assert [name for name in opened(archive) if name.startswith("app/")] == ["app/.keep"]
 
 
@@ -325,80 +329,37 @@ def test_the_tests_of_the_runtime_do_not_make_another_release(source: Path, runt
     assert packed(source, runtime) == before
 
 
-# --- Requirements ---
+# --- What the host is told ---
 
 
 @pytest.mark.parametrize(
-    ("text", "lines"),
+    ("pyproject", "install", "installed"),
     [
-        ("", []),
-        ("\n# comment\n  # comment\nsix==1.0\n\nredis\n", ["six==1.0", "redis"]),
-        ("six==1.0 # comment\n", ["six==1.0"]),
-        ("six @ https://example.org/six.whl#sha256=abc\n", ["six @ https://example.org/six.whl#sha256=abc"]),
-        ("six==1.0 \\\n    --hash=sha256:abc \\\n    --hash=sha256:def\nredis\n", ["six==1.0", "redis"]),
-        ("six \\\n    ==1.0\n", ["six      ==1.0"]),
-        ("--no-index\n-r more.txt\nsix\n", ["six"]),
+        ('[build-system]\nrequires = ["hatchling"]\n', True, True),
+        ('[build-system]\nrequires = ["hatchling"]\n', False, False),
+        ("[tool.ruff]\nline-length = 140\n", True, False),
     ],
 )
-def test_the_lines_that_are_requirements(text: str, lines: list[str]) -> None:
-    assert list(celery_release.requirement_lines(text)) == lines
+def test_a_folder_that_says_how_it_is_built_is_installed(
+    source: Path, runtime: Path, pyproject: str, install: bool, installed: bool
+) -> None:
+    write(source, {"pyproject.toml": pyproject})
+
+    manifest = json.loads(text_of(packed(source, runtime, install=install, python_path=["src"]), "release.json"))
+
+    assert manifest == {"python_path": ["src"], "install": installed}
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "celery==5.7.0",
-        "celery[redis] == 5.7.0  # the broker",
-        "celery===5.7.0",
-        "celery==5.7.0; python_version < '3.13'",
-        "celery==5.7.0 --hash=sha256:abc",
-        "celery==5.7.0 \\\n    --hash=sha256:abc \\\n    --hash=sha256:def",
-        "shop @ https://example.org/shop-1.0-py3-none-any.whl#egg=shop",
-        "shop @ git+https://example.org/shop@3f2a",
-        "# celery",
-        "--extra-index-url https://example.org/simple",
-        "-r more.txt",
-        "",
-    ],
-)
-def test_a_pinned_requirement(line: str) -> None:
-    assert celery_release.unpinned(f"redis==8.1.0\n{line}\n") == []
+def test_environment_files_are_named_and_can_be_asked_for(source: Path, runtime: Path) -> None:
+    write(source, {".env": "A=1", ".env.example": "", "shop/.env.prod": "", "venv/.env": "", ".gitignore": ".env\n/build/\n"})
+    write(source, {"build/page.html": "x", "build/page.map": "x"})
 
+    assert celery_release.environment_files(source, celery_release.chosen_files(source)) == [".env", "shop/.env.prod"]
 
-@pytest.mark.parametrize(
-    ("line", "told"),
-    [
-        ("celery", "celery"),
-        ("celery[redis]  # the newest", "celery[redis]"),
-        ("celery>=5.7", "celery>=5.7"),
-        ("celery~=5.7.0", "celery~=5.7.0"),
-        ("celery==5.7.*", "celery==5.7.*"),
-        ("celery>=5; python_version == '3.11'", "celery>=5; python_version == '3.11'"),
-    ],
-)
-def test_a_requirement_without_exact_version(line: str, told: str) -> None:
-    assert celery_release.unpinned(f"redis==8.1.0\n{line}\n") == [told]
-
-
-@pytest.mark.parametrize("line", ["shop @ git+https://example.org/shop", "shop @ git+ssh://git@example.org/shop"])
-def test_a_repository_without_version_is_not_pinned(line: str) -> None:
-    assert celery_release.unpinned(line) == [line]
-
-
-@pytest.mark.parametrize(
-    ("requirement", "name"),
-    [
-        ("celery", "celery"),
-        ("Celery[redis]==5.7.0", "celery"),
-        ("typing_extensions>=4", "typing-extensions"),
-        ("zope.interface ~= 7.0", "zope-interface"),
-        ("a__b.-c!=1", "a-b-c"),
-        ("Shop@https://example.org/shop.whl", "shop"),
-        ("tomli;python_version<'3.11'", "tomli"),
-    ],
-)
-def test_the_name_of_a_project(requirement: str, name: str) -> None:
-    assert celery_release.project_name(requirement) == name
+    include = (".env", "build/*.html")
+    asked = set(opened(packed(source, runtime, include=include))) - set(opened(packed(source, runtime)))
+    assert asked == {"app/.env", "app/build/page.html"}
+    assert celery_release.environment_files(source, celery_release.chosen_files(source, (), include)) == ["shop/.env.prod"]
 
 
 @pytest.mark.parametrize(
@@ -411,10 +372,11 @@ def test_the_name_of_a_project(requirement: str, name: str) -> None:
         ("pydantic-settings==2.0\nredis-py-cluster==1\n", "pydantic==2.14.3\ntyping_extensions==4.16.0\nredis==6.4.0\n"),
     ],
 )
-def test_what_the_application_pins_is_not_constrained(requirements: str, left: str) -> None:
+def test_what_the_application_pins_is_not_constrained(tmp_path: Path, requirements: str, left: str) -> None:
     constraints = "# what hosts get\npydantic==2.14.3\ntyping_extensions==4.16.0\nredis==6.4.0  # newest\n"
+    write(tmp_path, {"requirements.txt": requirements})
 
-    assert celery_release.constraints_for(requirements, constraints) == left
+    assert celery_release.constraints_for(read(tmp_path / "requirements.txt", tmp_path), constraints) == left
 
 
 # --- The module, as Ansible runs it ---
@@ -443,6 +405,7 @@ def run_module(tmp_path: Path, arguments: dict[str, Any], *options: str) -> tupl
 def test_the_module_writes_the_archive_and_says_what_it_is(tmp_path: Path, source: Path, runtime: Path) -> None:
     (source / "requirements.txt").write_text("celery==5.7.0\nredis>=6\n")
     (source / "notes.md").write_text("x")
+    (source / ".env").write_text("PASSWORD=x")
     arguments = {"source": source, "requirements": source / "requirements.txt", "runtime": runtime, "dest": tmp_path / "cache" / "releases"}
     arguments = {name: str(value) for name, value in arguments.items()} | {"exclude": ["*.md"]}
 
@@ -453,7 +416,8 @@ def test_the_module_writes_the_archive_and_says_what_it_is(tmp_path: Path, sourc
     assert checked[0] == 0
     assert checked[1]["id"] == hashlib.sha256(expected).hexdigest()[:12]
     assert archive == tmp_path / "cache" / "releases" / f"{checked[1]['id']}.tar.gz"
-    assert checked[1]["unpinned"] == ["redis>=6"]
+    assert checked[1]["unpinned"] == ["redis>=6 (requirements.txt:2)"]
+    assert checked[1]["left_out"] == [".env"]
     assert checked[1]["changed"] is False
     # Also a check can look at it.
     with tarfile.open(archive) as tar:
@@ -491,24 +455,34 @@ def test_the_module_says_that_the_source_is_missing(tmp_path: Path, runtime: Pat
     assert "/no/such/source" in result["msg"]
 
 
-def test_requirements_that_are_included_are_judged_too(tmp_path: Path) -> None:
-    write = {
-        "requirements.txt": "celery==5.7.0\n-r parts/base.txt\n",
-        "parts/base.txt": "--requirement more.txt\n",
-        "parts/more.txt": "redis\n",
-    }
-    (tmp_path / "parts").mkdir()
-    for name, text in write.items():
-        (tmp_path / name).write_text(text)
+@pytest.mark.parametrize(
+    ("requirements", "told"),
+    [
+        ("redis==8.1.0\nCelery==5.3.0\n", "Celery==5.3.0 (requirements.txt:2), but it takes celery<5.8,>=5.4"),
+        ("celery==5.7.0\n-c https://robot:tok3n@example.org/c.txt\n", "requirements.txt:2: an address"),
+        ("celery==5.7.0\n./lib\n", "requirements.txt:2: nothing of "),
+    ],
+)
+def test_what_cannot_be_deployed_is_refused_before_any_host_is_asked(
+    tmp_path: Path, source: Path, runtime: Path, requirements: str, told: str
+) -> None:
+    write(source, {"requirements.txt": requirements, "lib/setup.py": "", ".gitignore": "/lib/\n"})
+    write(runtime, {"pyproject.toml": '[project]\ndependencies = ["celery>=5.4,<5.8"]\n'})
+    arguments = {"source": source, "requirements": source / "requirements.txt", "runtime": runtime, "dest": tmp_path / "cache"}
 
-    assert celery_release.unpinned(celery_release.read_requirements(tmp_path / "requirements.txt")) == ["redis"]
+    code, result = run_module(tmp_path, {name: str(item) for name, item in arguments.items()})
+
+    assert code != 0
+    assert told in result["msg"]
+    assert "tok3n" not in result["msg"]
 
 
 def test_what_looks_at_the_broker_is_pinned_as_the_runtime_package_asks_for_it() -> None:
-    text = (REPOSITORY / "roles/celery_monitor/files/environment/requirements.txt").read_text()
-    pins = {celery_release.project_name(line): line.partition("==")[2] for line in celery_release.requirement_lines(text)}
+    folder = REPOSITORY / "roles/celery_monitor/files/environment"
+    lines = read(folder / "requirements.txt", folder)
+    pins = {line.name: next(iter(line.requirement.specifier)).version for line in lines if line.requirement}
     extra = tomllib.loads((REPOSITORY / "runtime/pyproject.toml").read_text())["project"]["optional-dependencies"]["monitor"]
 
-    assert celery_release.unpinned(text) == []
+    assert unpinned(lines) == []
     for wanted in map(Requirement, extra):
-        assert wanted.specifier.contains(pins[celery_release.project_name(wanted.name)]), wanted
+        assert wanted.specifier.contains(pins[project_name(wanted.name)]), wanted

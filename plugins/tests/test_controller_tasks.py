@@ -106,6 +106,7 @@ def test_a_long_list_of_requirements_without_version_is_cut_short(site: Path) ->
     code, output = run(site)
 
     assert code != 0
-    assert "package0, package1, package2 and 214 more." in " ".join(output.split())
+    told = "package0 (requirements.txt:1), package1 (requirements.txt:2), package2 (requirements.txt:3) and 214 more."
+    assert told in " ".join(output.split())
     assert "package3" not in output
     assert len(output) < 3000

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from celery import Celery, signals
 
-from celery_platform import beat, broker, queues
+from celery_platform import beat, broker, queues, versions
 from celery_platform.application import NO_PICKLE
 from celery_platform.settings import PREFIX, BadSettings, Settings
 
@@ -118,7 +118,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
 
 def own_value(app: Celery, name: str) -> Any:
     """Return what the application itself set, or None."""
-    value = app.conf[name] if app.conf.value_set_for(name) else None
+    value = app.conf[name] if versions.is_set(app, name) else None
     if name == "task_routes" and isinstance(value, tuple) and value and isinstance(value[0], queues.Router):
         return value[0].own
     return value

@@ -30,11 +30,11 @@ from celery.worker.state import task_ready
 from kombu import serialization
 from kombu.entity import Exchange, Queue
 from kombu.exceptions import ContentDisallowed
-from kombu.transport.native_delayed_delivery import MAX_LEVEL, calculate_routing_key, level_name
 from kombu.utils import json
 from kombu.utils.imports import symbol_by_name
 
 from celery_platform.settings import Settings
+from celery_platform.versions import MAX_LEVEL, calculate_routing_key, level_name
 
 logger = logging.getLogger(__name__)
 

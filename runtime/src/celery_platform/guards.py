@@ -11,23 +11,20 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from amqp.exceptions import MessageNacked
 from celery import Celery
 from celery.exceptions import QueueNotFound
-from celery.utils.time import subtract_datetimes
+from celery.utils.time import maybe_make_aware
 from kombu import transport
 from kombu.exceptions import OperationalError
 from kombu.transport import pyamqp
-from kombu.transport.native_delayed_delivery import (
-    bind_queue_to_native_delayed_delivery_exchange,
-    declare_native_delayed_delivery_exchanges_and_queues,
-)
 
 from celery_platform import queues
 from celery_platform.settings import Settings
+from celery_platform.versions import bind_queue_to_native_delayed_delivery_exchange, declare_native_delayed_delivery_exchanges_and_queues
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +255,7 @@ def delay_safely(app: Celery, declares: bool = True) -> None:
         delay = countdown
         if eta:
             eta = datetime.fromisoformat(eta) if isinstance(eta, str) else eta
-            delay = subtract_datetimes(eta, app.now()).total_seconds()
+            delay = (maybe_make_aware(eta).astimezone(UTC) - app.now().astimezone(UTC)).total_seconds()
         if delay and delay > 0:
             # Celery looks at the clock again: an ETA in 1.0001 seconds is one of less than a second by then.
             if delay < (2 if eta else 1):

@@ -17,12 +17,12 @@ from typing import Any
 
 from celery import Celery
 from kombu.entity import Queue
-from kombu.transport.native_delayed_delivery import MAX_NUMBER_OF_BITS_TO_USE, level_name
 
 from celery_platform import configuration, guards, redis_transport
 from celery_platform.dead_letters import RUNS_HEADER, Original, Store, store_of
 from celery_platform.queues import DELAY
 from celery_platform.settings import BadSettings, SecretStr, Settings
+from celery_platform.versions import MAX_NUMBER_OF_BITS_TO_USE, level_name
 
 #: Messages that are brought before the first of them is acknowledged, at most.
 PREFETCH = 100

@@ -10,9 +10,9 @@ from typing import Any
 
 from celery.app import routes
 from kombu.entity import Exchange, Queue
-from kombu.transport.native_delayed_delivery import CELERY_DELAYED_DELIVERY_EXCHANGE, MAX_NUMBER_OF_BITS_TO_USE
 
 from celery_platform.settings import PREFIX, Settings, as_written
+from celery_platform.versions import CELERY_DELAYED_DELIVERY_EXCHANGE, MAX_NUMBER_OF_BITS_TO_USE
 
 logger = logging.getLogger(__name__)
 

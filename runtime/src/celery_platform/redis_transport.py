@@ -15,6 +15,7 @@ by a reply that was lost with its connection returns after the visibility timeou
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
 from base64 import b64encode
@@ -39,7 +40,10 @@ from redis import exceptions
 from celery_platform.dead_letters import OF_FORM
 from celery_platform.settings import PREFIX, BadSettings, Settings
 
-#: Versions of kombu whose internals this is proven with. A new one: run its tests and benchmark, then add it.
+logger = logging.getLogger(__name__)
+
+#: Versions of kombu whose internals this is proven with; with others, kombu's own transport carries the tasks. A new one: run
+#: its tests and benchmark, then add it. Those before 5.7 read, connect and close in other ways.
 PROVEN = ("5.7.0",)
 #: Seconds until an idle worker looks for messages that came without a wake-up.
 IDLE_WAIT = 0.1
@@ -455,14 +459,24 @@ def install(app: Celery, settings: Settings) -> None:
 
     Not by `broker_transport`: on a failover to the next of several URLs, kombu goes by their scheme again.
 
+    With a version of kombu that this is not proven with, they go on to mean kombu's own, with a warning.
+
     Raises:
-        BadSettings: if kombu's version is not one that this is proven with.
+        BadSettings: if the settings ask for this transport by name, and kombu's version is not one that it is proven with.
     """
     if not settings.uses_redis_broker or settings.redis_transport == "kombu":
         return
     if (found := version("kombu")) not in PROVEN:
         told = f"it is proven with kombu {', '.join(PROVEN)}, and this is {found}"
-        raise BadSettings(f"{PREFIX}REDIS_TRANSPORT is atomic; allowed: kombu, since {told}")
+        if "redis_transport" in settings.model_fields_set:
+            raise BadSettings(f"{PREFIX}REDIS_TRANSPORT is atomic; allowed: kombu, since {told}")
+        logger.warning(
+            "kombu's own Redis transport is used instead of the atomic one: %s. A worker that is killed may lose a message, and no "
+            "publish waits for replicas. (%sREDIS_TRANSPORT=kombu says that this is meant.)",
+            told,
+            PREFIX,
+        )
+        return
     for scheme, transport in ALIASES.items():
         transports.TRANSPORT_ALIASES[scheme] = f"{__name__}:{transport.__name__}"
         transports._transport_cache.pop(scheme, None)

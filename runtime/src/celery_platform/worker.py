@@ -24,10 +24,12 @@ from celery_platform import (
     serialization,
     systemd,
     task_events,
+    versions,
 )
 from celery_platform.settings import load_settings
 
 PARTS = (
+    versions,
     broker,
     guards,
     redis_transport,

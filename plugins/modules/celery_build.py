@@ -1,0 +1,330 @@
+#!/usr/bin/python
+"""Ansible module `celery_build`: build the virtual environment of a release on its host."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: celery_build
+short_description: Build a release that celery_release packed, with its virtual environment
+description:
+  - Unpacks the archive, and installs what the application requires and the runtime package in one resolution of pip, in which
+    the application's pins are law. Where these have hashes, they are installed first by their own file, and nothing of it is
+    replaced by what comes after.
+  - Then asks C(pip check), and compares what is installed with the pins. Whatever does not fit is an error, and leaves no
+    folder. What is complete has a file C(.complete).
+options:
+  path:
+    description: Folder of the release. A virtual environment cannot be moved, so it is built where it stays.
+    type: path
+    required: true
+  archive:
+    description: The archive, on this host. It is removed.
+    type: path
+    required: true
+  group:
+    description: Group of the folder.
+    type: str
+    default: root
+  mode:
+    description: Mode of the folder.
+    type: str
+    default: "0750"
+  note:
+    description: What is written into C(.complete).
+    type: str
+    default: ""
+author: Celery Platform
+"""
+
+RETURN = r"""
+path:
+  description: The folder.
+  returned: always
+  type: str
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tarfile
+import traceback
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule, missing_required_lib
+
+try:
+    from ansible.module_utils.requirements_file import SOURCE, project_name, without_logins
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    MISSING = None
+except ImportError:
+    MISSING = traceback.format_exc()
+
+#: Prints which Python an environment has, and what is installed in it.
+INSTALLED = """
+import json, platform
+from importlib.metadata import distributions
+print(json.dumps([platform.python_version(), {d.metadata["Name"]: d.version for d in distributions()}]))
+"""
+#: Files with secrets in their lines (addresses of indexes and repositories).
+PRIVATE = ("requirements.txt", "constraints.txt", "indexes.txt")
+#: Lines of pip's output that are told at most.
+TOLD = 15
+
+
+#: A project's name at the begin of a requirement.
+NAME = re.compile(r"[\w.-]+")
+
+
+class BuildError(Exception):
+    """A release that cannot be built as the application wants it."""
+
+
+class Conflict(BuildError):
+    """What is required does not go together."""
+
+
+class Release:
+    """A release that is being built in its folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.environment = os.environ | {"LC_ALL": "C.UTF-8", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+        # Set by whoever started this: it would name another one.
+        for name in ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "PIP_USER", "PIP_TARGET", "PIP_PREFIX"):
+            self.environment.pop(name, None)
+        self.warnings: list[str] = []
+
+    def build(self, archive: Path) -> None:
+        """Build it.
+
+        Raises:
+            BuildError: if it cannot be built, or is not what the application wants.
+            OSError: if it cannot be unpacked.
+        """
+        with tarfile.open(archive) as packed:
+            # Its links may lead anywhere, as those of the application do.
+            packed.extractall(self.path, **({"filter": "tar"} if hasattr(tarfile, "tar_filter") else {}))  # noqa: S202
+        for name in PRIVATE:
+            (self.path / name).chmod(0o600)
+        manifest = json.loads((self.path / "release.json").read_text())
+        # What builds a package writes beside its source.
+        shutil.copytree(self.path / "app", self.path / SOURCE, symlinks=True)
+        self.run(["python3", "-m", "venv", "venv"])
+        self.install()
+        if manifest["install"]:
+            try:
+                self.pip("install", "--no-deps", "-r", "indexes.txt", SOURCE)
+            except BuildError as error:
+                told = "the application's folder has a pyproject.toml, and cannot be installed (celery_app_install: false leaves it so)"
+                raise BuildError(f"{told}: {error}") from error
+        shutil.rmtree(self.path / SOURCE)
+        self.compare()
+        python, _ = self.installed()
+        major, minor, _ = python.split(".", 2)
+        folders = [str(self.path / "app" / folder) for folder in manifest["python_path"]]
+        site = self.path / f"venv/lib/python{major}.{minor}/site-packages"
+        (site / "application.pth").write_text("".join(f"{folder}\n" for folder in folders))
+
+    def install(self) -> None:
+        """Install the application's requirements and the runtime package.
+
+        Raises:
+            BuildError: if they do not fit together, or pip cannot get one.
+        """
+        ours = ["./runtime", *(f"./{path.relative_to(self.path)}" for path in sorted(self.path.glob("wheels/*.whl")))]
+        own = ["-r", "requirements.txt", "-c", "constraints.txt"]
+        text = (self.path / "requirements.txt").read_text()
+        if re.search(r"(^|\s)--(hash|require-hashes|no-index)\b", text, re.MULTILINE):
+            # In one resolution, they would hold for ours as well.
+            self.pip("install", *own)
+            _, versions = self.installed()
+            pinned = "".join(f"{name}=={version}\n" for name, version in sorted(versions.items()))
+            (self.path / "installed.txt").write_text(pinned)
+            own = ["-r", "indexes.txt", "-c", "installed.txt"]
+        try:
+            self.pip("install", *own, "-c", "runtime-constraints.txt", *ours)
+        except Conflict:
+            # What the application pins wins over what we would choose.
+            self.pip("install", *own, *ours)
+            self.warnings.append(
+                "What the application pins does not go together with the versions that the runtime package is tested with "
+                "(runtime/constraints.txt), so pip chose others"
+            )
+
+    def compare(self) -> None:
+        """Ask whether what is installed fits together, and is what the application pins.
+
+        Raises:
+            BuildError: if not.
+        """
+        try:
+            self.pip("check")
+        except BuildError as error:
+            raise BuildError(f"what is installed does not fit together (pip check): {error}") from error
+        python, versions = self.installed()
+        found = {project_name(name): version for name, version in versions.items()}
+        wrong = []
+        for text, origin in self.lines():
+            try:
+                wanted = Requirement(re.split(r"\s--", text)[0])
+            except InvalidRequirement:
+                continue
+            if wanted.marker and not wanted.marker.evaluate({"python_version": python.rpartition(".")[0], "python_full_version": python}):
+                continue
+            version = found.get(project_name(wanted.name))
+            if version and not wanted.specifier.contains(version, prereleases=True):
+                wrong.append(f"{wanted.name}{wanted.specifier} ({origin}), installed is {version}")
+        if wrong:
+            raise BuildError(f"another version is installed than the application asks for: {'; '.join(wrong)}")
+
+    def installed(self) -> tuple[str, dict[str, str]]:
+        """Return the version of Python and those of all that is installed, by name."""
+        python, versions = json.loads(self.run(["venv/bin/python", "-I", "-c", INSTALLED]))
+        return python, versions
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Return the application's requirements and constraints, each with its file and line."""
+        text = "".join((self.path / name).read_text() for name in ("requirements.txt", "constraints.txt"))
+        return [(one[0], one[2]) for line in text.splitlines() if (one := line.rpartition("  # "))[1]]
+
+    def pip(self, *arguments: str) -> None:
+        """Run pip in the environment.
+
+        Raises:
+            Conflict: if what is wanted does not go together.
+            BuildError: if it fails for another reason.
+        """
+        self.run(["venv/bin/pip", *arguments])
+
+    def run(self, command: list[str]) -> str:
+        """Run a command in the folder, and return what it prints.
+
+        Raises:
+            Conflict: if it is pip, and what is wanted does not go together.
+            BuildError: if it fails for another reason.
+        """
+        completed = subprocess.run(  # noqa: S603
+            [str(self.path / command[0]) if "/" in command[0] else command[0], *command[1:]],
+            cwd=self.path,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+        if completed.returncode:
+            output = without_logins(completed.stdout + completed.stderr)
+            if "ResolutionImpossible" in output or "conflicting dependencies" in output:
+                raise Conflict(self.conflict(output))
+            raise BuildError(self.explained(output))
+        return completed.stdout
+
+    def origin(self, wanted: str) -> str:
+        """Return file and line of a requirement in parentheses, with a space before; nothing if it is none of the application's."""
+        try:
+            name = project_name(Requirement(wanted).name)
+        except InvalidRequirement:
+            return ""
+        for text, origin in self.lines():
+            if project_name(re.split(r"[\s\[=<>!~;@(]", text, maxsplit=1)[0]) == name:
+                return f" ({origin})"
+        return ""
+
+    def conflict(self, output: str) -> str:
+        """Return what does not go together: pip's own lines, with file and line of what the application asks for."""
+        block = re.search(r"The conflict is caused by:\n(.*?)(?:\n\n|$)", output, re.DOTALL)
+        told = []
+        for line in (block[1] if block else output).splitlines()[: TOLD if block else None]:
+            asked = re.search(r"The user requested (?:\(constraint\) )?(.+)", line)
+            told.append(f"{line.strip()}{self.origin(asked[1]) if asked else ''}")
+        return "the requirements do not go together: " + "; ".join(told[-TOLD:])
+
+    def explained(self, output: str) -> str:
+        """Return why pip failed, and what to do where a package has nothing for this host's Python."""
+        lines = [
+            re.sub(r" \(from versions: .*\)$", "", line) for line in output.splitlines() if not line.startswith(("WARNING", "  WARNING"))
+        ]
+        lines = [line for line in lines if line.strip() and "Ignored the following" not in line]
+        python = f"Python {platform.python_version()} ({platform.machine()})"
+        missing = re.search(r"No matching distribution found for (\S+)", output)
+        other = re.search(r"Package '?([^'\s]+)'? requires a different Python", output)
+        failed = re.search(r"Failed (?:building wheel for|to build(?: installable wheels for)?) (?:some .* \()?'?([\w.-]+)", output)
+        stopped = re.search(r"Getting requirements to build wheel|Preparing metadata|metadata-generation-failed", output)
+        tail = "\n".join(lines[-TOLD:])
+        if missing or other:
+            wanted = (missing or other)[1]  # type: ignore[index]
+            return (
+                f"no release of {wanted}{self.origin(wanted)} can be installed with this host's {python}. Choose a version that has a "
+                f"wheel for it, or another version for this Python alone: {NAME.match(wanted)[0]}==…; python_version == "  # type: ignore[index]
+                f"'{'.'.join(platform.python_version_tuple()[:2])}'. pip says:\n{tail}"
+            )
+        if failed or ("subprocess-exited-with-error" in output and stopped):
+            wanted = failed[1] if failed else ""
+            return (
+                f"a package has no wheel for this host's {python}, and cannot be built from source: {wanted}{self.origin(wanted)}. Choose "
+                f"a version that has a wheel for it, or install what its build needs by celery_app_packages. pip says:\n{tail}"
+            )
+        return f"pip fails:\n{tail}"
+
+
+def build(path: Path, archive: Path, group: str, mode: str, note: str) -> list[str]:
+    """Build a release, and return what should be known of it.
+
+    Raises:
+        BuildError: if it cannot be built, or is not what the application wants. Its folder is gone then.
+        OSError: if it cannot be written.
+    """
+    os.umask(0o022)
+    # What an earlier run left that was killed.
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(mode=0o700, parents=True)
+    release = Release(path)
+    try:
+        release.build(archive)
+        if os.getuid() == 0:
+            shutil.chown(path, "root", group)
+        (path / ".complete").write_text(f"{without_logins(note)}\n")
+        path.chmod(int(mode, 8))
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    finally:
+        archive.unlink(missing_ok=True)
+    return release.warnings
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "path": {"type": "path", "required": True},
+            "archive": {"type": "path", "required": True},
+            "group": {"type": "str", "default": "root"},
+            "mode": {"type": "str", "default": "0750"},
+            "note": {"type": "str", "default": "", "no_log": False},
+        },
+        supports_check_mode=True,
+    )
+    if MISSING:
+        module.fail_json(msg=missing_required_lib("packaging"), exception=MISSING)
+    path = Path(module.params["path"])
+    if (path / ".complete").exists():
+        module.exit_json(changed=False, path=str(path))
+    if module.check_mode:
+        module.exit_json(changed=True, path=str(path))
+    try:
+        warnings = build(path, *(Path(module.params["archive"]), *(module.params[name] for name in ("group", "mode", "note"))))
+    except (BuildError, OSError, tarfile.TarError) as error:
+        module.fail_json(msg=f"cannot build the release, and nothing was switched: {error}")
+    for warning in warnings:
+        module.warn(warning)
+    module.exit_json(changed=True, path=str(path))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What differs between the versions of Celery and kombu that applications may pin: 5.4 to 5.7.
+
+Most of what is guarded elsewhere is in all of them. kombu's transport for Redis is not: redis_transport.PROVEN.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from celery import Celery
+from celery.app.utils import Settings as CelerySettings
+from kombu.transport import redis
+
+from celery_platform.settings import BadSettings, Settings
+
+try:
+    from kombu.transport.native_delayed_delivery import (
+        CELERY_DELAYED_DELIVERY_EXCHANGE,
+        MAX_LEVEL,
+        MAX_NUMBER_OF_BITS_TO_USE,
+        bind_queue_to_native_delayed_delivery_exchange,
+        calculate_routing_key,
+        declare_native_delayed_delivery_exchanges_and_queues,
+        level_name,
+    )
+except ImportError:
+    # kombu 5.4: RabbitMQ is refused, so none of these is called.
+    CELERY_DELAYED_DELIVERY_EXCHANGE, MAX_NUMBER_OF_BITS_TO_USE = "celery_delayed_delivery", 28
+    MAX_LEVEL = MAX_NUMBER_OF_BITS_TO_USE - 1
+
+    _none: Any = None
+    bind_queue_to_native_delayed_delivery_exchange = calculate_routing_key = level_name = _none
+    declare_native_delayed_delivery_exchanges_and_queues = _none
+
+__all__ = [
+    "CELERY_DELAYED_DELIVERY_EXCHANGE",
+    "MAX_LEVEL",
+    "MAX_NUMBER_OF_BITS_TO_USE",
+    "bind_queue_to_native_delayed_delivery_exchange",
+    "calculate_routing_key",
+    "declare_native_delayed_delivery_exchanges_and_queues",
+    "install",
+    "is_set",
+    "level_name",
+]
+
+#: The first versions that know quorum queues (celery/utils/quorum_queues.py) and delayed delivery. Earlier workers ask for a
+#: global prefetch limit, which such queues refuse, and hold all tasks with an ETA themselves.
+FOR_RABBITMQ = {"celery": (5, 5), "kombu": (5, 5)}
+
+
+def install(_: Celery, settings: Settings) -> None:
+    """Let all supported versions do what the rest of this package asks of them.
+
+    Raises:
+        BadSettings: if the broker is RabbitMQ, and Celery or kombu is too old for it.
+    """
+    for name, first in FOR_RABBITMQ.items() if settings.uses_rabbitmq else ():
+        found = version(name)
+        if tuple(map(int, found.split(".")[:2])) < first:
+            needed = ".".join(map(str, first))
+            raise BadSettings(f"RabbitMQ as broker needs {name} {needed} or later, and the application pins {found}; allowed: Redis")
+    # Before kombu 5.7 (GlobalKeyPrefixMixin), what is not in this list reads and writes keys without the application's prefix.
+    commands = redis.GlobalKeyPrefixMixin.PREFIXED_SIMPLE_COMMANDS
+    commands += [command for command in ("ZRANGE",) if command not in commands]
+
+
+def is_set(app: Celery, name: str) -> bool:
+    """Tell whether an application sets a setting of Celery, by its new name, its old one or with a namespace.
+
+    Before 5.7, Celery's own `conf.value_set_for` knows only the new names.
+    """
+    # Any access by name replaces a configuration that is still to be loaded.
+    _ = app.conf["task_acks_late"]
+    conf: Any = app.conf
+    return name in CelerySettings({}, conf.maps[:-1], conf._keys, conf.prefix)
