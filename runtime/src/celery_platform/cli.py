@@ -25,13 +25,13 @@ from celery import Celery
 from kombu import serialization
 from kombu.entity import Queue
 from kombu.exceptions import KombuError
-from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from celery_platform import application, configuration
 from celery_platform.dead_letters import REASONS, DeadLetter, Letters, Store, StoreError, store_of
+from celery_platform.logs import secrets_of
 from celery_platform.queue_status import queues
 from celery_platform.settings import MASK, PREFIX, BadSettings, Settings, is_secret, load_settings
 
@@ -82,11 +82,9 @@ def _source(name: str) -> str:
 def hider(settings: Settings) -> Callable[[Any], Any]:
     """Return a function that makes any value one of JSON, without secrets.
 
-    Hidden are what belongs to a key `password`, passwords in URLs, and every text that holds a secret of the settings.
+    Hidden are what belongs to a key `password`, passwords in URLs, and every text that holds a secret of this process.
     """
-    values = [getattr(settings, name) for name in Settings.model_fields]
-    secrets = [line for value in values if isinstance(value, SecretStr) for line in value.get_secret_value().splitlines() if line]
-    written = sorted({form for secret in secrets for form in (secret, quote(secret, safe=""))}, key=len, reverse=True)
+    written = sorted({form for secret in secrets_of(settings) for form in (secret, quote(secret, safe=""))}, key=len, reverse=True)
 
     def hide(value: Any) -> Any:
         if isinstance(value, dict):
