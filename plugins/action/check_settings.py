@@ -38,6 +38,11 @@ MIN_SECRET_LENGTH = 24
 EXAMPLE_WORDS = ("changeme", "change_me", "change-me", "password", "example", "secret", "default", "replace")
 #: A variable or key with such a name holds a secret of ours.
 SECRET_NAME = re.compile(r"(^|_)(password|requirepass|passphrase|cookie)$")
+#: Variables with secrets that others have chosen, such as a provider, and that are as long as they are. Those of our own brokers are
+#: judged by the names that they have there.
+OF_OTHERS = {"celery_app_broker_password", "celery_app_result_backend_password", "celery_monitor_broker_password"}
+#: The application's own, which have rules of their own, and may hold anything.
+OF_APPLICATION = {"celery_app_credentials", "celery_app_secret_environment"}
 #: No configuration file holds these as they are: control characters, and Unicode's separators of lines and paragraphs.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 #: Settings that may hold some: what becomes a file of its own, is rendered as JSON, is a line of another language, or has a rule.
@@ -45,9 +50,12 @@ MAY_HOLD_CONTROL = {
     "celery_app_credentials",
     "celery_app_deploy_commands",
     "celery_app_environment",
+    "celery_app_secret_environment",
     "celery_flower_options",
     "firewall_extra_rules",
 }
+#: Names of earlier versions, and what has taken their place.
+MOVED = {"celery_app_allow_jit": "celery_app_sandbox_allow: [jit]"}
 #: Names of hosts, which become labels, file names and parts of patterns.
 HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 #: Stands for a value that cannot be told yet.
@@ -141,8 +149,8 @@ def unknown_names(names: set[str]) -> Iterator[tuple[str, str]]:
             yield name, (close or difflib.get_close_matches(name, known, n=1) or [""])[0]
 
 
-def secret_problem(value: Any) -> str:
-    """Say what is wrong with a secret's value, without showing it; '' if nothing is."""
+def secret_problem(value: Any, ours: bool = True) -> str:
+    """Say what is wrong with a secret's value, without showing it; '' if nothing is. `ours` are those that `make secrets` could write."""
     if value is None or value == "":
         return "is empty"
     if not isinstance(value, str):
@@ -151,6 +159,8 @@ def secret_problem(value: Any) -> str:
         return "is still encrypted"
     if CONTROL.search(value):
         return "holds a line break or another control character"
+    if not ours:
+        return ""
     if len(value) < MIN_SECRET_LENGTH:
         return f"has {len(value)} characters"
     if any(word in value.lower() for word in EXAMPLE_WORDS) or len(set(value)) < 8:
@@ -295,10 +305,11 @@ class ActionModule(ActionBase):
             yield self._problem(name, "holds a line break or another control character", "text of one line")
 
         for variable, value in values.items():
-            for path, secret in secrets_in(variable, value):
-                if problem := secret_problem(secret):
+            for path, secret in secrets_in(variable, value) if variable not in OF_APPLICATION else ():
+                if problem := secret_problem(secret, ours=variable not in OF_OTHERS):
                     name = self._origin(secret)
-                    yield self._problem(name or path, problem, self._allowed("password"), name or variable)
+                    allowed = self._allowed("password" if variable not in OF_OTHERS else variable)
+                    yield self._problem(name or path, problem, allowed, name or variable)
         yield from self._runtime_problems({name: value for name, value in values.items() if name not in self._unfit}, unknown)
         yield from self._broken_rules(without_none(checked.validated_parameters))
 
@@ -382,6 +393,8 @@ class ActionModule(ActionBase):
             if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored):
                 perhaps = f"{meant}, perhaps; " if meant else ""
                 allowed = f"{perhaps}see the roles' READMEs, or name a variable of your own in check_settings_ignore"
+                if name in MOVED:
+                    allowed = f"{MOVED[name]}, which has taken its place"
                 if name.endswith("_group"):
                     allowed = "nothing: the names of groups are fixed (inventories/*/hosts.yml)"
                 yield self._problem(name, "is not a variable of this project", allowed)
@@ -472,7 +485,7 @@ class ActionModule(ActionBase):
     @staticmethod
     def _allowed(name: str) -> str:
         """Return what a variable may hold: of a secret the rules above, of others what the argument specs say."""
-        if SECRET_NAME.search(name):
+        if SECRET_NAME.search(name) and name not in OF_OTHERS:
             return f"at least {MIN_SECRET_LENGTH} characters, on one line, and no example; `make secrets` writes good ones"
         option = next((role_options(role.name)[name] for role in ROLES.iterdir() if name in role_options(role.name)), {})
         if name.startswith("vault_"):

@@ -18,6 +18,11 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 #: What is part of a key's pattern, or ends a word, in an ACL file.
 ACL_SPECIAL = re.compile(CONTROL.pattern + r"|[\s*?\[\]\\^()]")
 
+#: What systemd takes into no environment.
+NOT_IN_ENVIRONMENT = re.compile(
+    r"[\x00\ud800-\udfff\ufdd0-\ufdef" + "".join(rf"\U{plane << 16 | 0xFFFE:08x}\U{plane << 16 | 0xFFFF:08x}" for plane in range(17)) + "]"
+)
+
 
 def _checked(value: Any, syntax: str, refused: re.Pattern[str] = CONTROL) -> str:
     """Return a value as text.
@@ -109,13 +114,16 @@ def systemd_exec_arg(value: Any) -> str:
 def environment_file(value: Any) -> str:
     r"""Return the value of a variable in a file for a unit's EnvironmentFile=.
 
-    In double quotes a `\` keeps `"`, `\`, `` ` `` and `$` as they are, and lines may end (parse_env_file in systemd's env-file.c).
-    Of control characters systemd takes only tab and line feed into an environment (env_value_is_valid in its env-util.c).
+    In double quotes a `\` keeps `"`, `\`, `` ` `` and `$` as they are, and all else stands for itself, line ends and other control
+    characters, too (parse_env_file in systemd's env-file.c). A file with what is no character in Unicode systemd does not read
+    (unichar_is_valid in its utf8.c).
 
     Raises:
-        AnsibleFilterError: for all other control characters, such as a carriage return.
+        AnsibleFilterError: for what is no text, for NUL, and for what is no character, such as half of a pair.
     """
-    text = _checked(value, "an environment file", re.compile(r"[\x00-\x08\x0b-\x1f\x7f]"))
+    if not isinstance(value, str):
+        raise AnsibleFilterError("an environment file holds texts")
+    text = _checked(value, "an environment file", NOT_IN_ENVIRONMENT)
     return '"' + re.sub(r'(["\\`$])', r"\\\1", text) + '"'
 
 

@@ -78,6 +78,7 @@ import glob
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -116,6 +117,16 @@ def identity(folder: str, paths: list[str]) -> str:
     return digest(*parts)
 
 
+@contextmanager
+def closed_to_others() -> Iterator[None]:
+    """Create files and folders for root alone: a copy gets its mode only when it is complete."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def copy(source: str, paths: list[str], target: str) -> None:
     """Copy files of a folder to a new one that appears as a whole, with modes, owners and times.
 
@@ -125,12 +136,13 @@ def copy(source: str, paths: list[str], target: str) -> None:
     partial = f"{target}.new"
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial, mode=0o755)
-    for path in paths:
-        folder = os.path.dirname(path)
-        while folder and not os.path.isdir(os.path.join(partial, folder)):
-            os.makedirs(os.path.join(partial, folder))
-            shutil.copystat(os.path.join(source, folder), os.path.join(partial, folder))
-        shutil.copy2(os.path.join(source, path), os.path.join(partial, path), follow_symlinks=False)
+    with closed_to_others():
+        for path in paths:
+            folder = os.path.dirname(path)
+            while folder and not os.path.isdir(os.path.join(partial, folder)):
+                os.makedirs(os.path.join(partial, folder))
+                shutil.copystat(os.path.join(source, folder), os.path.join(partial, folder))
+            shutil.copy2(os.path.join(source, path), os.path.join(partial, path), follow_symlinks=False)
     os.sync()
     os.rename(partial, target)
 
@@ -196,7 +208,8 @@ class Site:
         shutil.rmtree(folder, ignore_errors=True)
         os.makedirs(f"{folder}/units", mode=0o755)
         shutil.copy2(f"{self._top}/celery.env", folder)
-        shutil.copytree(f"{self._top}/credentials", f"{folder}/credentials")
+        with closed_to_others():
+            shutil.copytree(f"{self._top}/credentials", f"{folder}/credentials")
         shutil.copy2(f"{UNITS}/celery-.service.d/platform.conf", folder)
         for unit in self.linked_units():
             shutil.copy2(f"{UNITS}/{unit}", f"{folder}/units")

@@ -334,11 +334,11 @@ def test_good_settings_pass(judge: Judge) -> None:
             id="variables that are no text",
         ),
         pytest.param(
-            {"celery_app_environment": {"A": "a\tb\nc", "B": "a\r\n"}},
+            {"celery_app_environment": {"A": "a\tb\r\n\x1b", "B": "a\0"}},
             "celery_app_environment",
             'has ["B"]',
-            "text; of control characters only tabs and line ends (LF), since systemd takes no others",
-            id="carriage return",
+            "text of any characters but NUL and what is none in Unicode (half of a pair), since systemd takes no others",
+            id="a variable with NUL",
         ),
         pytest.param(
             {"redis_users": [*SETTINGS["redis_users"], {"name": "a", "password": GOOD_SECRET[::2] * 2, "prefix": "a*:"}]},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import ctypes
 import fnmatch
 import getpass
+import itertools
 import json
 import random
 import re
@@ -28,6 +30,7 @@ from ansible.plugins.loader import filter_loader, init_plugin_loader
 from ansible.template import Templar, trust_as_template
 from jinja2 import nodes
 from sites import free_port
+from test_preflight import site
 from waiting import wait_for
 
 import escape
@@ -127,7 +130,7 @@ def test_what_a_syntax_cannot_carry_is_refused_and_nothing_else(filter_: Callabl
             assert len(text) < 3 or text not in str(error.value)
         else:
             filter_(text)
-    for control in "\0\r\x0b\x1b\x7f" + ("" if filter_ is escape.environment_file else "\n\t\x85\u2028"):
+    for control in "\0" + ("" if filter_ is escape.environment_file else "\n\r\t\x0b\x1b\x7f\x85\u2028"):
         with pytest.raises(AnsibleFilterError):
             filter_(f"a{control}b")
 
@@ -294,6 +297,63 @@ def test_rabbitmq_learns_names_that_look_like_something_else(tmp_path: Path) -> 
     assert [user["name"] for user in found["users"]] == ["no", "0x1f"]
     assert [queue["name"] for queue in found["queues"]][:3] == ["null", "12", "a.b"]
     assert {item["vhost"] for kind in ("permissions", "exchanges", "queues", "bindings", "policies") for item in found[kind]} == {"1e5"}
+
+
+# --- systemd: units and arguments are read back on a host (molecule/quickstart/tests/test_services.py) ---
+
+
+@pytest.fixture(scope="module")
+def systemd() -> ctypes.CDLL:
+    """The functions of systemd itself that read an EnvironmentFile= and judge what is in it."""
+    found = sorted(Path("/usr/lib").glob("**/systemd/libsystemd-shared-*.so"))
+    if not found:
+        pytest.skip("this machine has no systemd")
+    library = ctypes.CDLL(str(found[0]))
+    library.load_env_file.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(ctypes.POINTER(ctypes.c_char_p))]
+    library.env_value_is_valid.restype = ctypes.c_bool
+    return library
+
+
+def environment_of(systemd: ctypes.CDLL, file: Path) -> dict[str, str]:
+    """Return the variables that a service gets of a file; none if systemd does not read it."""
+    read = ctypes.POINTER(ctypes.c_char_p)()
+    if systemd.load_env_file(None, bytes(file), ctypes.byref(read)) != 0:
+        return {}
+    lines = itertools.takewhile(lambda line: line is not None, (read[number] for number in itertools.count()))
+    assignments = [line.partition(b"=") for line in lines if line]
+    return {name.decode(): value.decode() for name, _, value in assignments if systemd.env_value_is_valid(value)}
+
+
+def test_systemd_reads_back_every_variable(systemd: ctypes.CDLL, tmp_path: Path) -> None:
+    texts = [text for text in VALUES if not re.search("{[{%#]", text)]  # which Ansible has a meaning for
+    texts += ["", " ", "".join(map(chr, range(1, 0x20))), "\t", "\r", "a\r\nb", "a\\\nb", "\tx\n\n", "a\n# x", "A=1", "None", "false"]
+    variables = {f"V{number}": text for number, text in enumerate(texts)}
+    secrets = {f"S{number}": text for number, text in enumerate(texts)}
+    here = site(tmp_path, celery_app_environment=variables, celery_app_secret_environment=secrets)
+    for name in ("celery.env", "secret.env"):
+        (tmp_path / name).write_text(here.render(f"celery_app/templates/{name}.j2"), newline="")
+    found = environment_of(systemd, tmp_path / "celery.env")
+
+    assert {name: found.get(name) for name in variables} == variables
+    assert environment_of(systemd, tmp_path / "secret.env") == secrets
+    assert not secrets.keys() & found.keys()
+
+
+def test_what_systemd_does_not_take_is_refused_and_nothing_else(systemd: ctypes.CDLL, tmp_path: Path) -> None:
+    taken, refused = "", []
+    for character in map(chr, [*range(1, 0x10000), *(plane << 16 | low for plane in range(1, 17) for low in (0, 0xFFFD, 0xFFFE, 0xFFFF))]):
+        try:
+            escape.environment_file(character)
+            taken += character
+        except AnsibleFilterError:
+            refused.append(character)
+    (tmp_path / "env").write_text(f"A={escape.environment_file(taken)}\n", newline="")
+    assert environment_of(systemd, tmp_path / "env") == {"A": taken}
+    for character in refused:
+        (tmp_path / "env").write_text(f'A="{character}"\n', errors="surrogatepass")
+        assert environment_of(systemd, tmp_path / "env") == {}, repr(character)
+    by_preflight = re.findall(site(tmp_path).value("__celery_app_refused_characters"), "".join(map(chr, range(1, 0x10000))))
+    assert by_preflight == [character for character in refused if ord(character) < 0x10000]
 
 
 # --- nginx ---

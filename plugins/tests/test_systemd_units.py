@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -67,6 +68,24 @@ def test_a_revision_has_what_belongs_to_it_and_is_copied_as_a_whole(tree: Path, 
     assert os.listdir(tmp_path / "revisions") == ["one"]
     (tree / "credentials/password").chmod(0o640)
     assert identity(str(target), paths) != identity(str(tree), paths)
+
+
+def test_a_copy_can_be_read_by_nobody_else_while_it_is_made(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in a folder that others can enter gets its mode only when it is complete."""
+    (tree / "secret.env").write_text("A=1")
+    (tree / "secret.env").chmod(0o600)
+    seen, copystat = {}, shutil.copystat
+
+    def noted(source: str, target: str, **options: bool) -> None:
+        seen[os.path.basename(target)] = os.stat(target).st_mode & 0o077
+        copystat(source, target, **options)
+
+    monkeypatch.setattr(shutil, "copystat", noted)
+    copy(str(tree), ["celery.env", "credentials/password", "secret.env"], str(tmp_path / "one"))
+    assert seen == {"celery.env": 0, "credentials": 0, "password": 0, "secret.env": 0}
+    assert (tmp_path / "one").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "one/celery.env").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "one/secret.env").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_file_or_link_is_replaced_in_one_step_or_left_alone(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 
@@ -10,6 +11,8 @@ import pytest
 from sites import Site
 from test_cli import cli
 from test_dead_letters import store_of
+
+from celery_platform import application, systemd
 
 GOOD = """
 from celery import Celery
@@ -76,6 +79,20 @@ def test_an_application_that_is_not_there_is_told(broken: Site, name: str, sourc
     for command in ("check", "config"):
         assert re.fullmatch(told, cli(broken, command, status=1).stderr.strip())
     assert re.search(told, broken.run("celery", "-A", "celery_platform.worker:app", "worker", check=False).stderr)
+
+
+def test_no_traceback_in_the_journal_shows_a_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(systemd, "stderr_is_journal", lambda: True)
+    for name, value in {"APPLICATION": "shop:app", "BROKER_URL": "memory://", "SECRET_VARIABLES": '["TOKEN"]'}.items():
+        monkeypatch.setenv(f"CELERY_PLATFORM_{name}", value)
+    monkeypatch.setenv("TOKEN", "s3cret/1")
+    with pytest.raises(SystemExit), application.explained():
+        raise ValueError(os.environ["TOKEN"])
+    journal = capsys.readouterr().err
+
+    assert "Traceback" in journal
+    assert journal.count("ValueError: ********") == 2
+    assert "s3cret" not in journal
 
 
 def test_bad_settings_are_told_as_elsewhere(broken: Site) -> None:

@@ -21,6 +21,9 @@ from celery_platform.replies import without_secrets
 
 #: Each needs quoting in a URL, and none is part of a word.
 SECRETS = {"broker_password": "br0ker/p@ss", "sentinel_password": "s3ntinel/p@ss", "result_backend_password": "res/ult p@ss"}
+#: What the application was given besides: in variables of the environment, and as a credential of its own.
+VARIABLES = {"MAIL_WORD": "m@il/w0rd", "DATABASE_URL": "postgres://shop:d8%2Fbase@host/shop"}
+OWN = {"signature": "s1gn/ature"}
 
 SHOP = """
 import os, time
@@ -40,7 +43,8 @@ def leak(state):
     def read(name):
         path = os.path.join(os.environ["CREDENTIALS_DIRECTORY"], name)
         return open(path).read() if os.path.exists(path) else ""
-    words = [read(name) for name in ("broker_password", "sentinel_password", "result_backend_password")]
+    words = [read(name) for name in ("broker_password", "sentinel_password", "result_backend_password", "signature")]
+    words += [os.environ["MAIL_WORD"], os.environ["DATABASE_URL"], "d8/base"]
     return {
         "url": app.conf.broker_url, "text": "".join(f"-{word}-" for word in words), "tuple": tuple(words),
         "bytes": words[0].encode(), words[0] or "none": 1, "connection": state.consumer.connection.info(),
@@ -99,13 +103,15 @@ def shop(request: pytest.FixtureRequest, site: Site, tmp_path: Path) -> Iterator
             request.getfixturevalue("rabbitmq_user")
             control("set_permissions", "shop", ".*", ".*", ".*")
             site.set(broker_url=url.replace("guest@", "shop@"))
-        site.secret(**SECRETS)
+        site.secret(**SECRETS, **OWN)
+        site.set(secret_variables=json.dumps([*VARIABLES]))
+        site.environment |= VARIABLES
         yield site
 
 
 def leaks(text: str) -> list[str]:
     """Return the secrets in a text, in whatever form."""
-    words = [*SECRETS.values(), "t0ken", "d4tabase", "0ther"]
+    words = [*SECRETS.values(), *VARIABLES.values(), *OWN.values(), "d8/base", "t0ken", "d4tabase", "0ther"]
     return [word for word in words for form in {word, quote(word), quote(word, safe=""), json.dumps(word)[1:-1]} if form in text]
 
 

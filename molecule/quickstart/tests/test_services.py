@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 
+import jinja2
 import pytest
-from nodes import Node
+from nodes import REPOSITORY, Node
 
 import escape
 
@@ -72,8 +74,76 @@ print(json.dumps(found))
 
 @pytest.mark.parametrize("unit", ["celery-worker@default.service", "celery-beat.service", "redis-server.service"])
 def test_the_sandbox_leaves_little_exposed(node: Node, unit: str) -> None:
-    exposure = node.host.check_output("systemd-analyze security --no-pager %s", unit).splitlines()[-1]
-    assert float(exposure.split(": ")[1].split()[0]) <= 1.5, exposure
+    assert exposure_of(node, unit) <= 1.5
+
+
+def test_the_application_can_write_where_it_is_told_and_at_home(node: Node) -> None:
+    """And the folder that is not there is created for it."""
+    folder = node.host.file("/srv/uploads/pictures")
+    assert (folder.user, folder.group, folder.mode) == ("celery", "celery", 0o750)
+    script = "cd && pwd && mkdir -p .cache/x && touch .cache/x/y /srv/uploads/pictures/x && rm -r .cache/x /srv/uploads/pictures/x"
+    assert node.host.check_output("celery-exec sh -c %s", script) == "/var/lib/celery"
+    assert "Read-only file system" in node.host.run("celery-exec touch /srv/uploads/x").stderr
+
+
+#: By what celery_app_sandbox_allow allows: what does it, and what an application is told without.
+REFUSED = {
+    "proc": ("open('/proc/meminfo')", "No such file or directory"),
+    "processes": ("open('/proc/1/stat')", "No such file or directory"),
+    "jit": ("mmap.mmap(-1, 4096, prot=7)", "Operation not permitted"),
+    "nice": ("os.nice(1)", "Operation not permitted"),
+    "devices": ("os.stat('/dev/console')", "No such file or directory"),
+    "netlink": ("socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)", "Address family not supported by protocol"),
+}
+TRIES = f"""
+import json, mmap, os, socket
+errors = {{}}
+for name, code in { ({name: code for name, (code, _) in REFUSED.items()})!r}.items():
+    try:
+        eval(code)
+    except OSError as error:
+        errors[name] = error.strerror
+print(json.dumps(errors))
+"""
+
+
+def test_the_sandbox_lets_the_application_do_what_is_allowed_and_tells_what_is_not(node: Node) -> None:
+    """One by one, at the price that the role's README tells; a drop-in of the same name in place of that of celery-."""
+    readme = (REPOSITORY / "roles/celery_app/README.md").read_text()
+    prices = {name: float(price) for name, price in re.findall(r"^\| `([a-z]+)` \|.*\| ([0-9.]+) \|$", readme, re.MULTILINE)}
+    found, expected, exposures = {}, {}, {}
+    node.write("/run/systemd/system/celery-allow-test.service", "[Service]\nType=oneshot\nExecStart=/bin/true\n")
+    for allowed in [[], *([name] for name in REFUSED), list(REFUSED)]:
+        node.write("/etc/systemd/system/celery-allow-.service.d/platform.conf", sandbox(allowed))
+        run = "systemd-run --quiet --wait --pipe --collect --unit=celery-allow-try /usr/bin/python3 -c %s"
+        errors = json.loads(node.host.check_output(f"systemctl daemon-reload && {run}", TRIES))
+        # From systemd 253 on, it is the kernel that denies memory, if it can, and says so in other words.
+        found[str(allowed)] = {name: error.replace("Permission denied", "Operation not permitted") for name, error in errors.items()}
+        expected[str(allowed)] = {name: error for name, (_, error) in REFUSED.items() if name not in allowed}
+        exposures[str(allowed)] = exposure_of(node, "celery-allow-test.service")
+    node.host.check_output(
+        "rm -r /run/systemd/system/celery-allow-test.service /etc/systemd/system/celery-allow-.service.d && systemctl daemon-reload"
+    )
+
+    assert found == expected
+    assert {name: exposures[f"['{name}']"] for name in REFUSED} == pytest.approx(prices, abs=0.11)
+    assert exposures["[]"] <= 1.5
+    assert [error for _, error in REFUSED.values() if error not in readme] == []
+
+
+def sandbox(allowed: list[str]) -> str:
+    """Return the sandbox as the role writes it, for a service without settings and credentials."""
+    environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.ChainableUndefined)
+    environment.filters |= {**escape.FilterModule().filters(), "comment": str, "regex_replace": str}
+    text = (REPOSITORY / "roles/celery_app/templates/services.conf.j2").read_text()
+    settings = {"celery_app_user": "celery", "celery_app_sandbox_allow": allowed}
+    lines = environment.from_string(text).render(settings).splitlines()
+    return "\n".join(line for line in lines if not line.startswith(("EnvironmentFile=", "WorkingDirectory="))) + "\n"
+
+
+def exposure_of(node: Node, unit: str) -> float:
+    last = node.host.check_output("systemd-analyze security --no-pager %s", unit).splitlines()[-1]
+    return float(last.split(": ")[1].split()[0])
 
 
 def test_the_application_cannot_write_where_it_runs(node: Node) -> None:
@@ -90,27 +160,32 @@ def test_a_command_of_celery_exec_ends_with_who_called_it(node: Node, signal: st
 
 
 def test_no_secret_is_readable_by_others(node: Node) -> None:
-    """Look where secrets leak: command lines, environments, units, the journal, and every file that `nobody` can read."""
+    """Look where secrets leak: command lines, environments, units, the journal, and every file that `nobody` can read.
+
+    Only the services' own environments hold what is meant for them.
+    """
+    given = [node.secrets["vault_redis_requirepass"][::-1], node.variables["celery_app_credentials"]["provider_password"]]
     found = node.python(
         f"""
 import os, pathlib, subprocess
-secrets = {list(node.secrets.values())!r}
+secrets, given = {list(node.secrets.values())!r}, {given!r}
 
-def look(where, text):
-    for number, secret in enumerate(secrets):
+def look(where, text, *others):
+    for number, secret in enumerate([*secrets, *others]):
         if secret.encode() in text:
             print(where, "holds secret", number)
 
 for process in pathlib.Path("/proc").glob("[0-9]*"):
     for name in ("cmdline", "environ"):
         try:
-            look(process / name, (process / name).read_bytes())
+            ours = name == "environ" and process.stat().st_uid == {node.host.user("celery").uid}
+            look(process / name, (process / name).read_bytes(), *([] if ours else given))
         except OSError:
             pass
 run = lambda *command: subprocess.run(command, capture_output=True).stdout
-look("systemctl show", run("systemctl", "show", "*", "--all"))
-look("systemctl cat", run("systemctl", "cat", "*"))
-look("the journal", run("journalctl", "--no-pager", "--output=export"))
+look("systemctl show", run("systemctl", "show", "*", "--all"), *given)
+look("systemctl cat", run("systemctl", "cat", "*"), *given)
+look("the journal", run("journalctl", "--no-pager", "--output=export"), *given)
 look("acl file", pathlib.Path("/etc/redis/users.acl").read_bytes())
 
 os.setgroups([]), os.setgid(65534), os.setuid(65534)
@@ -121,7 +196,7 @@ for top in ("/etc", "/opt", "/var", "/run", "/tmp", "/home", "/root", "/srv", "/
             path = os.path.join(folder, name)
             if os.path.isfile(path) and os.access(path, os.R_OK) and os.path.getsize(path) < 20_000_000:
                 with open(path, "rb") as file:
-                    look(path, file.read())
+                    look(path, file.read(), *given)
                 read += 1
 print("read", read)
 """
@@ -143,9 +218,36 @@ def test_credentials_reach_the_services_by_systemd_only(node: Node) -> None:
     )
 
 
+def test_what_the_application_is_given_arrives_as_it_is_written(node: Node) -> None:
+    """Variables, secret ones, and credentials without a byte more, in the services and in celery-exec."""
+    secret = f"{node.secrets['vault_redis_requirepass'][::-1]} '$\\%n\n"
+    wanted = {**node.variables["celery_app_environment"], "MAIL_PASSWORD": secret}
+    assert wanted["ODD_TEXT"].startswith("a\tb\r\nc  \x1b ' \" ` $HOME ${HOME} %n \\ #x")
+    environments = json.loads(
+        node.python(
+            "import json, pathlib, sys\n"
+            "texts = [pathlib.Path('/proc', pid, 'environ').read_bytes().decode() for pid in sys.argv[1:]]\n"
+            "print(json.dumps([dict(line.split('=', 1) for line in text.split(chr(0)) if line) for text in texts]))",
+            *(node.show(unit, "MainPID")["MainPID"] for unit in CELERY),
+        )
+    )
+    shown = (
+        "import json, os, sys; from celery_platform import logs, settings; "
+        "text = open(os.environ['PROVIDER_PASSWORD_FILE']).read(); hidden = logs.masker(settings.load_settings()); "
+        "print(json.dumps([dict(os.environ), text, hidden(text), hidden(os.environ['MAIL_PASSWORD'])]))"
+    )
+    environment, provided, *hidden = json.loads(node.host.check_output("celery-exec python -c %s", shown))
+    for found in (environment, *environments):
+        assert {name: found.get(name) for name in wanted} == wanted
+    assert provided == node.variables["celery_app_credentials"]["provider_password"]
+    assert [text.strip() for text in hidden] == ["********", "********"]
+    file = node.host.file("/etc/celery/current/secret.env")
+    assert (file.user, file.group, file.mode) == ("root", "root", 0o600)
+
+
 def test_systemd_reads_back_arguments_and_variables(node: Node) -> None:
     """What the filters of plugins/filter/escape.py write into units and their files, as a service sees it."""
-    variables = {f"V{number}": text for number, text in enumerate([*TEXTS, "", "two\nlines", " \t "])}
+    variables = {f"V{number}": text for number, text in enumerate([*TEXTS, "", "two\nlines", " \t ", "".join(map(chr, range(1, 0x20)))])}
     arguments = [*TEXTS, "two words"]
     node.write("/etc/escape-test.env", "".join(f"{name}={escape.environment_file(text)}\n" for name, text in variables.items()))
     shown = "import json, os, sys; json.dump([sys.argv[1:], dict(os.environ)], open('/run/escape-test.json', 'w'))"

@@ -185,7 +185,7 @@ def explained() -> Iterator[None]:
         sys.exit(os.EX_CONFIG)
     except (Exception, SystemExit) as error:
         if systemd.stderr_is_journal():
-            traceback.print_exc()
+            print(hidden(traceback.format_exc()), file=sys.stderr)
         print(explain(error), file=sys.stderr)
         sys.exit(1)
 
@@ -199,7 +199,11 @@ def explain(error: BaseException) -> str:
     lines = [_told(error)] if str(error) != str(first) or error is first else []
     if first is not error:
         lines.append(f"caused by {_told(first)}" if lines else _told(first))
-    text = "\n  ".join(lines)
+    return hidden("\n  ".join(lines))
+
+
+def hidden(text: str) -> str:
+    """Return a text without secrets; as it is where the settings are bad, from which they are known."""
     try:
         return masker(load_settings())(text)
     except BadSettings:

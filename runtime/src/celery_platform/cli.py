@@ -25,15 +25,16 @@ from urllib.parse import quote
 
 import click
 from celery import Celery
+from celery.exceptions import BackendError
 from kombu import serialization
 from kombu.entity import Queue
-from celery.exceptions import BackendError
 from kombu.exceptions import KombuError
 
 from celery_platform import application, configuration
 from celery_platform.dead_letters import REASONS, DeadLetter, Letters, Store, StoreError, store_of
+from celery_platform.logs import secrets_of
 from celery_platform.queue_status import queues
-from celery_platform.settings import FIELDS, MASK, PREFIX, BadSettings, SecretStr, Settings, as_written, is_secret, load_settings
+from celery_platform.settings import FIELDS, MASK, PREFIX, BadSettings, Settings, as_written, is_secret, load_settings
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -85,11 +86,9 @@ def _source(name: str) -> str:
 def hider(settings: Settings) -> Callable[[Any], Any]:
     """Return a function that makes any value one of JSON, without secrets.
 
-    Hidden are what belongs to a key `password`, passwords in URLs, and every text that holds a secret of the settings.
+    Hidden are what belongs to a key `password`, passwords in URLs, and every text that holds a secret of this process.
     """
-    values = [getattr(settings, name) for name in FIELDS]
-    secrets = [line for value in values if isinstance(value, SecretStr) for line in value.get_secret_value().splitlines() if line]
-    written = sorted({form for secret in secrets for form in (secret, quote(secret, safe=""))}, key=len, reverse=True)
+    written = sorted({form for secret in secrets_of(settings) for form in (secret, quote(secret, safe=""))}, key=len, reverse=True)
 
     def hide(value: Any) -> Any:
         if isinstance(value, dict):

@@ -27,7 +27,7 @@ from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
-from urllib.parse import quote, quote_plus
+from urllib.parse import quote, quote_plus, unquote, urlsplit
 
 from celery import Celery, signals
 from celery._state import get_current_worker_task
@@ -84,20 +84,35 @@ LARGEST_FILE = 100 * 1024 * 1024
 STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
 
+def secrets_of(settings: Settings) -> set[str]:
+    """Return what this process must not show: secrets of the settings, all credentials, and the application's secret variables.
+
+    Of the settings' secrets each line counts by itself (encryption_keys), and of a URL (DATABASE_URL) its password.
+    """
+    texts = {value.get_secret_value() for value in vars(settings).values() if isinstance(value, SecretStr)}
+    found = {line for text in texts for line in text.splitlines()}
+    texts |= {os.environ.get(name, "") for name in settings.secret_variables}
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    for path in Path(folder).glob("*") if folder else ():
+        # What is no text is logged by nobody.
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            texts.add(path.read_text())
+    for text in texts:
+        with contextlib.suppress(ValueError):
+            password = urlsplit(text).password or ""
+            found |= {password, unquote(password)}
+    return {text for text in found | {text.strip() for text in texts} if len(text) >= SHORTEST_SECRET}
+
+
 def masker(settings: Settings) -> Mask:
-    """Return a function that replaces passwords in URLs, and all secrets of the settings, by asterisks."""
-    known: set[str] = set()
-    for value in vars(settings).values():
-        if isinstance(value, SecretStr):
-            text = value.get_secret_value()
-            known |= {text, *text.splitlines()}
+    """Return a function that replaces passwords in URLs, and all secrets of this process, by asterisks."""
     forms = {
         form
-        for text in known
+        for text in secrets_of(settings)
         for form in (text, quote(text), quote(text, safe=""), quote_plus(text), repr(text)[1:-1], json.dumps(text)[1:-1])
     }
     # The longest first, or a secret that holds another one would show its end.
-    wanted = sorted((form for form in forms if len(form) >= SHORTEST_SECRET), key=len, reverse=True)
+    wanted = sorted(forms, key=len, reverse=True)
     secrets = re.compile("|".join(map(re.escape, wanted))) if wanted else None
 
     def mask(text: str) -> str:

@@ -234,6 +234,8 @@ class Settings:
     log_format: Literal["text", "json"] = "text"
     #: Show the arguments and results of tasks in logs and events.
     log_arguments: bool = False
+    #: Names of variables of the environment that hold secrets of the application: these are hidden as credentials are.
+    secret_variables: list[str] = field(default_factory=list)
 
     # --- Dead letters ---
     dead_letters: bool = True
