@@ -42,6 +42,10 @@ def fixed():
 def works():
     ran("works")
 
+@app.task(name="echo")
+def echo(text, key=None):
+    return [text, key]
+
 @app.task(name="fails", base=Base)
 def fails(secret):
     ran("fails")
@@ -202,6 +206,17 @@ def test_every_kind_of_failure_is_kept_and_replayed_once(shop: Site) -> None:
         assert ran(shop) == {"waits": 5, "works": 1, "retries": 3, "dies": 4, "fails": 2}
         assert store.remove(letter.id for letter in store.list()) == 9
         assert store.list() == []
+    assert waiting(app) == 0
+
+
+def test_text_that_is_no_utf_8_is_run_as_python_wrote_it(shop: Site) -> None:
+    """A file name by os.fsdecode, half an emoji, and what else Python's json writes and reads back."""
+    texts: list[Any] = [b"caf\xe9.txt".decode(errors="surrogateescape"), "\ud83d", "\ude00\ud83d", "\0", float("inf"), 10**400]
+    app = shop.producer()
+    with shop.worker("--queues=default"):
+        results = [app.send_task("echo", (text,), {"key": text}, headers={"file": f"{text}"}, shadow=f"{text}") for text in texts]
+        assert [result.get(timeout=20) for result in results] == [[text, text] for text in texts]
+    assert store_of(app).list() == []
     assert waiting(app) == 0
 
 
