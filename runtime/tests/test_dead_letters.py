@@ -220,6 +220,53 @@ def test_text_that_is_no_utf_8_is_run_as_python_wrote_it(shop: Site) -> None:
     assert waiting(app) == 0
 
 
+@pytest.mark.parametrize(("shop", "pool"), [("redis", "prefork"), ("rabbitmq", "solo")], indirect=["shop"])
+def test_an_error_of_the_worker_is_not_told_as_one_of_the_message(shop: Site, pool: str) -> None:
+    shop.write(
+        SHOP
+        + """
+from celery.worker.request import Request
+
+class Broken(Request):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        if self.id == "early":
+            raise AttributeError("before there is a request")
+
+    def revoked(self):
+        if self.id == "late":
+            raise KeyError("before the pool has it")
+        return super().revoked()
+
+class Task(Base):
+    Request = Broken
+
+@app.task(name="broken", base=Task)
+def broken():
+    ran("broken")
+
+@app.task(name="answer", base=Task)
+def answer(request, exc, traceback):
+    ran(f"answer-to-{request.id}")
+"""
+    )
+    app = shop.producer()
+    with shop.worker("--queues=default", f"--pool={pool}"):
+        for id in ("early", "late", "good"):
+            app.send_task("broken", task_id=id, link_error=app.signature("answer"))
+        send_raw(app, "malformed", b"5", task="broken")
+        wait_for("all", lambda: len(store_of(app).list()) == 3 and len(ran(shop)) == 3)
+        letters = {letter.id: (letter.reason, letter.exception) for letter in store_of(app).list()}
+        assert letters == {
+            "early": ("failed", "AttributeError"),
+            "late": ("failed", "KeyError"),
+            "malformed": ("invalid", "TypeError"),
+        }
+        assert [app.AsyncResult(id).state for id in ("early", "late", "good")] == ["FAILURE", "FAILURE", "SUCCESS"]
+    assert ran(shop) == {"broken": 1, "answer-to-early": 1, "answer-to-late": 1}
+    assert waiting(app) == 0
+
+
 def test_a_task_that_kills_the_worker_itself_is_run_a_few_times_only(shop: Site) -> None:
     shop.set(max_runs="2", soft_time_limit="1", time_limit="2", visibility_timeout="3")
     app = shop.producer()

@@ -26,7 +26,7 @@ from celery import Celery, signals
 from celery.exceptions import Ignore, NotRegistered, Reject, Retry, TaskRevokedError, Terminated, TimeLimitExceeded, WorkerLostError
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request
-from celery.worker.state import task_ready
+from celery.worker.state import successful_requests, task_ready
 from kombu import serialization
 from kombu.entity import Exchange, Queue
 from kombu.exceptions import ContentDisallowed
@@ -420,6 +420,11 @@ def _one_line(text: str) -> str:
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text[:LONGEST_NAME])
 
 
+def _storable(text: str) -> str:
+    """Return a name or an id as a key that any store takes, also where it is no valid UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _death_by(exception: BaseException, traceback: str | None) -> Death | None:
     """Return what an exception of a task means, as celery.worker.request judges it; None if the task lives on."""
     if isinstance(exception, ExceptionWithTraceback):
@@ -438,7 +443,11 @@ def _counted(execute: Callable[..., Any]) -> Callable[..., Any]:
         if not self.may_run():
             # The worker takes its slot back, and does no more.
             raise TaskRevokedError(self.id)
-        return execute(self, pool, **options)
+        try:
+            return execute(self, pool, **options)
+        except OF_FORM as error:
+            self.fail(error)
+            raise TaskRevokedError(self.id) from error
 
     return execute_using_pool
 
@@ -466,6 +475,7 @@ class CountedRequest(Request):  # type: ignore[misc]
         # Not for the task: a retry begins to count anew.
         self.earlier_runs = int(self._request_dict.pop(RUNS_HEADER, 0))
         self.runs = self.earlier_runs
+        self.consumer.request = self
 
     def may_run(self) -> bool:
         """Tell whether to run this delivery; if not, see to its message."""
@@ -479,6 +489,16 @@ class CountedRequest(Request):  # type: ignore[misc]
         else:
             self._send_again()
         return False
+
+    def fail(self, error: Exception) -> None:
+        """End a task after an error on its way through the worker, which is neither the task's nor its message's."""
+        logger.exception("An error of the worker's with %s[%s]: %s", self._type, self.id, type(error).__name__)
+        task_ready(self)
+        if self.id in successful_requests:
+            self.acknowledge()
+        else:
+            self.death = self.death or Death(FAILED, error, "".join(traceback.format_exception(error)))
+            self._give_up(error)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         """Note why the task failed, for when its message is acknowledged or rejected."""
@@ -544,14 +564,17 @@ class CountedRequest(Request):  # type: ignore[misc]
         """Do what Celery does after a failure that the task's own process could not report."""
         self.death = self.death or Death(WORKER_LOST, exception)
         self._bury(super().acknowledge)
-        try:
-            self.task.backend.mark_as_failure(self.id, exception, request=self._context, store_result=self.store_errors)
-        except Exception:
-            # The dead letter tells it, too; an exception from here would end the worker.
-            logger.exception("The result of %s cannot be written", self.id)
         told = {"exception": exception, "args": self.args, "kwargs": self.kwargs, "traceback": None, "einfo": None}
-        signals.task_failure.send(sender=self.task, task_id=self.id, **told)
-        self.send_event("task-failed", exception=repr(exception), traceback="")
+        for tell in (
+            partial(self.task.backend.mark_as_failure, self.id, exception, request=self._context, store_result=self.store_errors),
+            partial(signals.task_failure.send, sender=self.task, task_id=self.id, **told),
+            partial(self.send_event, "task-failed", exception=repr(exception), traceback=""),
+        ):
+            try:
+                tell()
+            except Exception:
+                # The dead letter tells it, too; an exception from here would end the worker.
+                logger.exception("The failure of %s cannot be told", self.id)
 
     def _bury(self, settle: Callable[[], Any]) -> None:
         if self.buried or self.death is None:
@@ -566,6 +589,8 @@ class CountingConsumer(Consumer):  # type: ignore[misc]
 
     store: Store
     max_runs: int
+    #: The latest that was made of a message.
+    request: CountedRequest | None = None
 
     def update_strategies(self) -> None:
         """Let all tasks, also those that are not derived from the application's class, use our requests."""
@@ -582,15 +607,29 @@ class CountingConsumer(Consumer):  # type: ignore[misc]
         handle = super().create_task_handler(*arguments, **options)
 
         def handle_any(message: Any) -> None:
+            self.request = None
             try:
                 handle(message)
             except OF_FORM as error:
-                if message.acknowledged:
-                    raise
+                request = self.request or self._request_of(message)
+                if request:
+                    request.fail(error)
+                    return
                 logger.exception("A message that is no task: %s", type(error).__name__)
-                self._bury(message, INVALID, error, partial(message.reject_log_error, logger, self.connection_errors))
+                if not message.acknowledged:
+                    self._bury(message, INVALID, error, partial(message.reject_log_error, logger, self.connection_errors))
 
         return handle_any
+
+    def _request_of(self, message: Any) -> CountedRequest | None:
+        """Return what Celery itself makes of a message, or None if that cannot be done: the message is malformed then."""
+        kind = type("Request", (CountedRequest,), {"consumer": self})
+        settle = {"on_ack": message.ack_log_error, "on_reject": message.reject_log_error, "connection_errors": self.connection_errors}
+        try:
+            request: CountedRequest = kind(message, app=self.app, hostname=self.hostname, eventer=self.event_dispatcher, **settle)
+        except Exception:
+            return None
+        return request
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
         """Keep a message that cannot be read."""
@@ -626,8 +665,8 @@ class CountingConsumer(Consumer):  # type: ignore[misc]
         """Return the dead letter of a message."""
         original, now = self.original(message), time.time()
         return DeadLetter(
-            id=id or original.id,
-            task=task or original.task,
+            id=_storable(str(id or original.id)),
+            task=_storable(str(task or original.task)),
             reason=death.reason,
             original=original,
             # One that cannot be pickled comes from its process as a wrapper.
