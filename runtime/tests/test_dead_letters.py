@@ -267,6 +267,66 @@ def answer(request, exc, traceback):
     assert waiting(app) == 0
 
 
+EXITS = """
+import argparse, asyncio, sys
+
+class Exits(Task):
+    def before_start(self, id, args, kwargs):
+        if "before" in args:
+            sys.exit("before it started")
+
+@app.task(name="exits", base=Exits)
+def exits(how):
+    ran("exits")
+    if how == "sys":
+        sys.exit()
+    if how == "argparse":
+        argparse.ArgumentParser().parse_args(["--unknown"])
+    if how == "asyncio":
+        raise asyncio.CancelledError
+    if how == "hang":
+        time.sleep(30)
+
+@app.task(name="answer")
+def answer(request, exc, traceback):
+    ran(f"answer-to-{request.id}-{type(exc).__name__}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("shop", "pool"), [("redis", "prefork"), ("redis", "threads"), ("rabbitmq", "threads"), ("redis", "solo")], indirect=["shop"]
+)
+def test_a_task_that_exits_has_failed_and_takes_no_slot(shop: Site, pool: str) -> None:
+    shop.write(SHOP + EXITS)
+    shop.set(max_runs="2")
+    app = shop.producer()
+    ways = {"sys": "SystemExit()", "argparse": "SystemExit(2)", "asyncio": "CancelledError()"}
+    with shop.worker("--queues=default", f"--pool={pool}") as worker:
+        for how in (*ways, "before"):
+            app.send_task("exits", (how,), task_id=how, link_error=app.signature("answer"))
+        works = app.send_task("works")
+        wait_for("the dead letters", lambda: len(store_of(app).list()) == 4)
+        works.get(timeout=10)
+        letters = {letter.id: letter for letter in store_of(app).list()}
+        assert {id: (letter.exception, letter.message, letter.runs) for id, letter in letters.items() if id != "before"} == {
+            how: ("TaskExited", f"The task ended by {shown}", 1) for how, shown in ways.items()
+        }
+        assert "parse_args" in (letters["argparse"].traceback or "")
+        # Not in the task itself.
+        assert (letters["before"].reason, letters["before"].runs) == ("worker-lost", 2)
+        wait_for("the answers", lambda: len(ran(shop)) == 6)
+        assert {app.AsyncResult(id).state for id in letters} == {"FAILURE"}
+        if pool == "prefork":
+            hang = app.send_task("exits", ("hang",), task_id="hang")
+            wait_for("its start", lambda: ran(shop)["exits"] == 4)
+            app.control.revoke("hang", terminate=True)
+            wait_for("its end", lambda: hang.state == "REVOKED")
+        assert worker.poll() is None
+    assert {f"answer-to-{how}-TaskExited" for how in ways} | {"answer-to-before-WorkerLostError"} == set(ran(shop)) - {"exits", "works"}
+    assert len(store_of(app).list()) == 4
+    assert waiting(app) == 0
+
+
 def test_a_task_that_kills_the_worker_itself_is_run_a_few_times_only(shop: Site) -> None:
     shop.set(max_runs="2", soft_time_limit="1", time_limit="2", visibility_timeout="3")
     app = shop.producer()

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from billiard.einfo import ExceptionWithTraceback
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery import Celery, signals
 from celery.exceptions import Ignore, NotRegistered, Reject, Retry, TaskRevokedError, Terminated, TimeLimitExceeded, WorkerLostError
 from celery.worker.consumer import Consumer
@@ -433,7 +433,10 @@ def _death_by(exception: BaseException, traceback: str | None) -> Death | None:
         return None
     if isinstance(exception, Reject):
         return Death(REJECTED, exception, traceback)
-    if isinstance(exception, (WorkerLostError, SystemExit, KeyboardInterrupt)):
+    if isinstance(exception, (SystemExit, KeyboardInterrupt)):
+        # Whoever read such a result would end, too.
+        exception = WorkerLostError(f"The process ended by {exception!r}")
+    if isinstance(exception, WorkerLostError):
         return Death(WORKER_LOST, exception)
     return Death(TIME_LIMIT if isinstance(exception, TimeLimitExceeded) else FAILED, exception, traceback)
 
@@ -452,6 +455,14 @@ def _counted(execute: Callable[..., Any]) -> Callable[..., Any]:
     return execute_using_pool
 
 
+def _ended(on_success: Callable[..., Any]) -> Callable[..., Any]:
+    def on_success_or_exit(self: Any, result: Any, **options: Any) -> Any:
+        # What the pools without processes tell of a task that ended by an exception that is no Exception.
+        return self.on_failure(result, return_ok=True) if isinstance(result, ExceptionInfo) else on_success(self, result, **options)
+
+    return on_success_or_exit
+
+
 class CountedRequest(Request):  # type: ignore[misc]
     """A request that keeps its message as a dead letter before it is acknowledged, and that is run a few times at most."""
 
@@ -460,10 +471,11 @@ class CountedRequest(Request):  # type: ignore[misc]
     buried = False
 
     def __init_subclass__(cls, **options: Any) -> None:
-        # Celery derives a class for each task (create_request_cls), whose execute_using_pool does not call this one's.
+        # Celery derives a class for each task (create_request_cls), whose methods do not call this one's.
         super().__init_subclass__(**options)
         if "execute_using_pool" in vars(cls):
             cls.execute_using_pool = _counted(cls.execute_using_pool)
+            cls.on_success = _ended(cls.on_success)
 
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
