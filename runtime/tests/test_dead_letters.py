@@ -340,6 +340,53 @@ def test_a_task_that_kills_the_worker_itself_is_run_a_few_times_only(shop: Site)
     assert ran(shop)["dies"] == 2
 
 
+LONG = """
+from celery_platform import dead_letters
+dead_letters.RETRY_INTERVAL = 1
+
+@app.task(name="long", time_limit=60, soft_time_limit=50, ignore_result=True)
+def long(seconds):
+    ran("starts")
+    time.sleep(seconds)
+    ran("ends")
+"""
+
+
+@pytest.mark.parametrize(("shop", "pool"), [("redis", "prefork"), ("redis", "threads"), ("redis", "solo")], indirect=["shop"])
+def test_a_task_that_still_runs_or_has_succeeded_is_not_given_up(shop: Site, pool: str) -> None:
+    """Its own limit is beyond the visibility timeout, and no result tells that it has succeeded."""
+    shop.write(SHOP + LONG)
+    shop.set(max_runs="1", soft_time_limit="1", time_limit="2", visibility_timeout="3")
+    app = shop.producer()
+    options = ("--queues=default", f"--pool={pool}", "--without-mingle", "--without-gossip")
+    with shop.worker(*options, "--hostname=first@%h"), shop.worker(*options, "--hostname=second@%h"):
+        app.send_task("long", (6,), task_id="long")
+        wait_for("the second delivery", lambda: "was delivered 1 times and may still run" in shop.log())
+        # Who waits for it runs others meanwhile.
+        app.send_task("works", task_id="works").get(timeout=4)
+        assert ran(shop)["ends"] == 0
+        wait_for("the end", lambda: "was delivered 1 times and has succeeded" in shop.log() and waiting(app) == 0)
+        # Also who has waited for it before it was delivered once more.
+        time.sleep(1.5)
+        assert ran(shop) == {"starts": 1, "ends": 1, "works": 1}
+    assert store_of(app).list() == []
+
+
+@pytest.mark.parametrize("shop", ["rabbitmq"], indirect=True)
+def test_a_task_whose_connection_is_lost_is_not_given_up(shop: Site, rabbitmq: tuple[str, Callable[..., str]]) -> None:
+    shop.write(SHOP + LONG)
+    shop.set(max_runs="1", soft_time_limit="20", time_limit="30")
+    app = shop.producer()
+    with shop.worker("--queues=default", "--pool=threads", "--without-mingle", "--without-gossip"):
+        app.send_task("long", (6,), task_id="long")
+        wait_for("its start", lambda: ran(shop)["starts"])
+        rabbitmq[1]("close_all_connections", "as in a failover")
+        wait_for("the second delivery", lambda: "was delivered 1 times and may still run" in shop.log())
+        wait_for("the end", lambda: "was delivered 1 times and has succeeded" in shop.log() and waiting(app) == 0)
+    assert ran(shop) == {"starts": 1, "ends": 1}
+    assert "is a dead letter" not in shop.log()
+
+
 def test_a_message_is_not_acknowledged_before_it_is_kept(shop: Site) -> None:
     """The store fails at first; then the worker is killed between the two steps."""
     name = type(store_of(shop.producer())).__name__

@@ -141,6 +141,11 @@ class QoS(base.QoS):
         else:
             super().append(message, delivery_tag)  # type: ignore[no-untyped-call]
 
+    def holds(self, delivery_tag: str) -> bool:
+        """Tell whether a message is still this worker's, and was not redelivered meanwhile."""
+        with self.channel.conn_or_acquire() as client:
+            return client.hget(self.unacked_key, delivery_tag) is not None
+
     def ack(self, delivery_tag: str) -> None:
         """Forget a message; while Redis takes no writes, do so later, where kombu ends the worker."""
         self._forget(delivery_tag)
@@ -373,8 +378,13 @@ class Mailbox(pidbox.Mailbox):
         listeners.count = None
         return super()._publish(*arguments, **options)  # type: ignore[no-untyped-call]
 
+    @property
+    def asked(self) -> int | None:
+        """How many workers got this thread's latest question; None if it is not known."""
+        return getattr(listeners, "count", None)
+
     def _collect(self, ticket: Any, limit: Any = None, *arguments: Any, **options: Any) -> Any:
-        return super()._collect(ticket, limit or getattr(listeners, "count", None), *arguments, **options)  # type: ignore[no-untyped-call]
+        return super()._collect(ticket, limit or self.asked, *arguments, **options)  # type: ignore[no-untyped-call]
 
 
 def _wake_key(queue: str) -> str:
