@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -17,9 +19,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import celery.backends.redis
 import kombu
+import kombu.transport.redis
 import pytest
+import redbeat.schedulers
 import redis
+import redis.lock
 import yaml
 from kombu.exceptions import OperationalError
 from kombu.transport import TRANSPORT_ALIASES
@@ -28,7 +34,7 @@ from sentinels import MASTER, PASSWORD, Servers
 from sites import Site, free_port, wait_for
 
 import celery_platform
-from celery_platform import redis_transport
+from celery_platform import dead_letters, redis_transport, resilience
 from celery_platform.dead_letters import RedisStore
 from celery_platform.redis_transport import Unconfirmed
 from celery_platform.settings import BadSettings, load_settings
@@ -502,6 +508,40 @@ def test_new_credentials_reach_the_waiting_connection(redis_url: str, server: re
         [client] = [client for client in server.client_list() if client["cmd"] in ("bzpopmin", "evalsha")]
         assert client["user"] == "rotated"
         server.acl_deluser("rotated")
+
+
+#: Names of what the sources below call commands of: clients, pipelines, and what returns one.
+CLIENTS = {"client", "pipe", "pipeline", "pubsub", "_pubsub", "redis", "redis_client", "get_redis", "_create_client", "subclient", "c"}
+#: Where redis-py calls a command otherwise. A lock is made of a SET and scripts.
+NAMED = {"delete": "del", "script_load": "script|load", "transaction": "watch", "register_script": "evalsha", "lock": "set"}
+
+
+def commands_in(source: Path) -> set[str]:
+    """Return the Redis commands that a module calls, itself or by its scripts."""
+    text, found = source.read_text(), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            receiver: ast.expr = node.func.value
+            while isinstance(receiver, ast.Call):
+                receiver = receiver.func.value if isinstance(receiver.func, ast.Attribute) and receiver.args else receiver.func
+            if (receiver.id if isinstance(receiver, ast.Name) else getattr(receiver, "attr", "")) in CLIENTS:
+                found.add(NAMED.get(node.func.attr, node.func.attr))
+    return found | {name.lower() for name in re.findall(r"redis\.p?call\(\s*'(\w+)'", text)}
+
+
+def test_the_role_allows_every_command_that_an_option_can_call(server: redis.Redis) -> None:
+    role = yaml.safe_load((Path(__file__).parents[2] / "roles/redis/vars/main.yml").read_text())
+    allowed = {rule.removeprefix("+") for line in role["__redis_celery_commands"] for rule in line.split()} | {"ping"}
+    known = {name.decode() for name in server.command_list()}
+    modules = (celery.backends.redis, kombu.transport.redis, redis.lock, redbeat.schedulers, redis_transport, resilience, dead_letters)
+    # Methods of redis-py's that are named as a command is.
+    methods = {"pubsub", "reset"}
+    called = {module.__name__: commands_in(Path(module.__file__ or "")) & known - methods for module in modules}
+    # Each by another form of a call: of an option, of RedBeat's own interface, of a script, of a chain.
+    assert {"lrange", "zrange", "mget", "sismember"} <= called["celery.backends.redis"]
+    assert {"zrank", "hsetnx"} <= called["redbeat.schedulers"]
+    assert {"zadd", "hset", "sadd", "psubscribe"} <= called["kombu.transport.redis"]
+    assert {name: commands - allowed for name, commands in called.items() if commands - allowed} == {}
 
 
 def test_all_of_it_works_with_the_commands_that_the_role_allows(shop: Site, server: redis.Redis) -> None:
