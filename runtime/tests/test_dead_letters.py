@@ -42,6 +42,10 @@ def fixed():
 def works():
     ran("works")
 
+@app.task(name="echo")
+def echo(text, key=None):
+    return [text, key]
+
 @app.task(name="fails", base=Base)
 def fails(secret):
     ran("fails")
@@ -205,6 +209,124 @@ def test_every_kind_of_failure_is_kept_and_replayed_once(shop: Site) -> None:
     assert waiting(app) == 0
 
 
+def test_text_that_is_no_utf_8_is_run_as_python_wrote_it(shop: Site) -> None:
+    """A file name by os.fsdecode, half an emoji, and what else Python's json writes and reads back."""
+    texts: list[Any] = [b"caf\xe9.txt".decode(errors="surrogateescape"), "\ud83d", "\ude00\ud83d", "\0", float("inf"), 10**400]
+    app = shop.producer()
+    with shop.worker("--queues=default"):
+        results = [app.send_task("echo", (text,), {"key": text}, headers={"file": f"{text}"}, shadow=f"{text}") for text in texts]
+        assert [result.get(timeout=20) for result in results] == [[text, text] for text in texts]
+    assert store_of(app).list() == []
+    assert waiting(app) == 0
+
+
+@pytest.mark.parametrize(("shop", "pool"), [("redis", "prefork"), ("rabbitmq", "solo")], indirect=["shop"])
+def test_an_error_of_the_worker_is_not_told_as_one_of_the_message(shop: Site, pool: str) -> None:
+    shop.write(
+        SHOP
+        + """
+from celery.worker.request import Request
+
+class Broken(Request):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        if self.id == "early":
+            raise AttributeError("before there is a request")
+
+    def revoked(self):
+        if self.id == "late":
+            raise KeyError("before the pool has it")
+        return super().revoked()
+
+class Task(Base):
+    Request = Broken
+
+@app.task(name="broken", base=Task)
+def broken():
+    ran("broken")
+
+@app.task(name="answer", base=Task)
+def answer(request, exc, traceback):
+    ran(f"answer-to-{request.id}")
+"""
+    )
+    app = shop.producer()
+    with shop.worker("--queues=default", f"--pool={pool}"):
+        for id in ("early", "late", "good"):
+            app.send_task("broken", task_id=id, link_error=app.signature("answer"))
+        send_raw(app, "malformed", b"5", task="broken")
+        wait_for("all", lambda: len(store_of(app).list()) == 3 and len(ran(shop)) == 3)
+        letters = {letter.id: (letter.reason, letter.exception) for letter in store_of(app).list()}
+        assert letters == {
+            "early": ("failed", "AttributeError"),
+            "late": ("failed", "KeyError"),
+            "malformed": ("invalid", "TypeError"),
+        }
+        assert [app.AsyncResult(id).state for id in ("early", "late", "good")] == ["FAILURE", "FAILURE", "SUCCESS"]
+    assert ran(shop) == {"broken": 1, "answer-to-early": 1, "answer-to-late": 1}
+    assert waiting(app) == 0
+
+
+EXITS = """
+import argparse, asyncio, sys
+
+class Exits(Task):
+    def before_start(self, id, args, kwargs):
+        if "before" in args:
+            sys.exit("before it started")
+
+@app.task(name="exits", base=Exits)
+def exits(how):
+    ran("exits")
+    if how == "sys":
+        sys.exit()
+    if how == "argparse":
+        argparse.ArgumentParser().parse_args(["--unknown"])
+    if how == "asyncio":
+        raise asyncio.CancelledError
+    if how == "hang":
+        time.sleep(30)
+
+@app.task(name="answer")
+def answer(request, exc, traceback):
+    ran(f"answer-to-{request.id}-{type(exc).__name__}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("shop", "pool"), [("redis", "prefork"), ("redis", "threads"), ("rabbitmq", "threads"), ("redis", "solo")], indirect=["shop"]
+)
+def test_a_task_that_exits_has_failed_and_takes_no_slot(shop: Site, pool: str) -> None:
+    shop.write(SHOP + EXITS)
+    shop.set(max_runs="2")
+    app = shop.producer()
+    ways = {"sys": "SystemExit()", "argparse": "SystemExit(2)", "asyncio": "CancelledError()"}
+    with shop.worker("--queues=default", f"--pool={pool}") as worker:
+        for how in (*ways, "before"):
+            app.send_task("exits", (how,), task_id=how, link_error=app.signature("answer"))
+        works = app.send_task("works")
+        wait_for("the dead letters", lambda: len(store_of(app).list()) == 4)
+        works.get(timeout=10)
+        letters = {letter.id: letter for letter in store_of(app).list()}
+        assert {id: (letter.exception, letter.message, letter.runs) for id, letter in letters.items() if id != "before"} == {
+            how: ("TaskExited", f"The task ended by {shown}", 1) for how, shown in ways.items()
+        }
+        assert "parse_args" in (letters["argparse"].traceback or "")
+        # Not in the task itself.
+        assert (letters["before"].reason, letters["before"].runs) == ("worker-lost", 2)
+        wait_for("the answers", lambda: len(ran(shop)) == 6)
+        assert {app.AsyncResult(id).state for id in letters} == {"FAILURE"}
+        if pool == "prefork":
+            hang = app.send_task("exits", ("hang",), task_id="hang")
+            wait_for("its start", lambda: ran(shop)["exits"] == 4)
+            app.control.revoke("hang", terminate=True)
+            wait_for("its end", lambda: hang.state == "REVOKED")
+        assert worker.poll() is None
+    assert {f"answer-to-{how}-TaskExited" for how in ways} | {"answer-to-before-WorkerLostError"} == set(ran(shop)) - {"exits", "works"}
+    assert len(store_of(app).list()) == 4
+    assert waiting(app) == 0
+
+
 def test_a_task_that_kills_the_worker_itself_is_run_a_few_times_only(shop: Site) -> None:
     shop.set(max_runs="2", soft_time_limit="1", time_limit="2", visibility_timeout="3")
     app = shop.producer()
@@ -216,6 +338,53 @@ def test_a_task_that_kills_the_worker_itself_is_run_a_few_times_only(shop: Site)
         (kept,) = wait_for("the dead letter", lambda: store_of(app).list())
     assert (kept.id, kept.reason, kept.runs) == ("dies", "worker-lost", 2)
     assert ran(shop)["dies"] == 2
+
+
+LONG = """
+from celery_platform import dead_letters
+dead_letters.RETRY_INTERVAL = 1
+
+@app.task(name="long", time_limit=60, soft_time_limit=50, ignore_result=True)
+def long(seconds):
+    ran("starts")
+    time.sleep(seconds)
+    ran("ends")
+"""
+
+
+@pytest.mark.parametrize(("shop", "pool"), [("redis", "prefork"), ("redis", "threads"), ("redis", "solo")], indirect=["shop"])
+def test_a_task_that_still_runs_or_has_succeeded_is_not_given_up(shop: Site, pool: str) -> None:
+    """Its own limit is beyond the visibility timeout, and no result tells that it has succeeded."""
+    shop.write(SHOP + LONG)
+    shop.set(max_runs="1", soft_time_limit="1", time_limit="2", visibility_timeout="3")
+    app = shop.producer()
+    options = ("--queues=default", f"--pool={pool}", "--without-mingle", "--without-gossip")
+    with shop.worker(*options, "--hostname=first@%h"), shop.worker(*options, "--hostname=second@%h"):
+        app.send_task("long", (6,), task_id="long")
+        wait_for("the second delivery", lambda: "was delivered 1 times and may still run" in shop.log())
+        # Who waits for it runs others meanwhile.
+        app.send_task("works", task_id="works").get(timeout=4)
+        assert ran(shop)["ends"] == 0
+        wait_for("the end", lambda: "was delivered 1 times and has succeeded" in shop.log() and waiting(app) == 0)
+        # Also who has waited for it before it was delivered once more.
+        time.sleep(1.5)
+        assert ran(shop) == {"starts": 1, "ends": 1, "works": 1}
+    assert store_of(app).list() == []
+
+
+@pytest.mark.parametrize("shop", ["rabbitmq"], indirect=True)
+def test_a_task_whose_connection_is_lost_is_not_given_up(shop: Site, rabbitmq: tuple[str, Callable[..., str]]) -> None:
+    shop.write(SHOP + LONG)
+    shop.set(max_runs="1", soft_time_limit="20", time_limit="30")
+    app = shop.producer()
+    with shop.worker("--queues=default", "--pool=threads", "--without-mingle", "--without-gossip"):
+        app.send_task("long", (6,), task_id="long")
+        wait_for("its start", lambda: ran(shop)["starts"])
+        rabbitmq[1]("close_all_connections", "as in a failover")
+        wait_for("the second delivery", lambda: "was delivered 1 times and may still run" in shop.log())
+        wait_for("the end", lambda: "was delivered 1 times and has succeeded" in shop.log() and waiting(app) == 0)
+    assert ran(shop) == {"starts": 1, "ends": 1}
+    assert "is a dead letter" not in shop.log()
 
 
 def test_a_message_is_not_acknowledged_before_it_is_kept(shop: Site) -> None:

@@ -264,6 +264,55 @@ def test_lines_of_celery_show_values_only_if_told(site: Site, shown: bool) -> No
     assert log.count("result-value") == (2 if shown else 0)
 
 
+HANDLERS = """
+import logging
+from celery import Celery, signals
+app = Celery("shop")
+
+class Own(logging.Handler):
+    def emit(self, record):
+        data = record.data
+        with open("seen", "a") as file:
+            file.write(f"{record.name} {data['name']} {data['args']} {record.args['kwargs']}\\n")
+        raise RuntimeError("away")
+
+class Filter(logging.Filter):
+    def filter(self, record):
+        raise AttributeError("left")
+
+@signals.after_setup_logger.connect
+def set_up(**_):
+    for name in ("celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(name).addHandler(Own())
+    logging.getLogger("celery.worker.consumer.consumer").addFilter(Filter())
+
+@app.task(name="pay")
+def pay(card, file):
+    logging.getLogger("x").warning("a file of the name %s", file)
+"""
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_handler_of_the_application_finds_all_of_a_record_and_its_errors_fail_no_task(site: Site, redis_url: str, pool: str) -> None:
+    site.write(HANDLERS)
+    site.set(broker_url=redis_url)
+    file = site.folder / "file.log"
+    with site.worker(f"--pool={pool}", f"--logfile={file}"):
+        producer = site.producer()
+        paid = producer.send_task("pay", ("card-4111", "\udcff.txt")).id
+        producer.send_task("unknown")
+        wait_for("the end of both", lambda: "succeeded" in file.read_text() and "unknown-task" in file.read_text())
+    assert (site.folder / "seen").read_text().splitlines() == [
+        f"celery.{of} pay ******** ********" for of in ("worker.strategy", "app.trace")
+    ]
+    # The handlers behind it got the line all the same.
+    assert f"Task pay[{paid}] received" in file.read_text()
+    assert r"a file of the name \udcff.txt" in file.read_text()
+    assert "the handler failed on a line of celery.app.trace: RuntimeError in " in site.log()
+    assert "the filter failed on a line of celery.worker.consumer.consumer: AttributeError in " in site.log()
+    assert f"[{paid}] of queue" not in file.read_text()
+
+
 def test_a_file_that_cannot_be_opened_again_fails_no_task(site: Site) -> None:
     site.write("from celery import Celery\napp = Celery('shop')\n")
     code = """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -17,9 +19,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import celery.backends.redis
 import kombu
+import kombu.transport.redis
 import pytest
+import redbeat.schedulers
 import redis
+import redis.lock
 import yaml
 from kombu.exceptions import OperationalError
 from kombu.transport import TRANSPORT_ALIASES
@@ -28,7 +34,7 @@ from sentinels import MASTER, PASSWORD, Servers
 from sites import Site, free_port, wait_for
 
 import celery_platform
-from celery_platform import redis_transport
+from celery_platform import dead_letters, redis_transport, resilience
 from celery_platform.dead_letters import RedisStore
 from celery_platform.redis_transport import Unconfirmed
 from celery_platform.settings import BadSettings, load_settings
@@ -161,10 +167,15 @@ def test_a_record_is_as_kombu_writes_it(redis_url: str, server: redis.Redis) -> 
             [(tag, record)] = server.hgetall("unacked").items()
             assert server.zrange("unacked_index", 0, -1) == [tag]
             assert abs(server.zscore("unacked_index", tag) - time.time()) < 60
-            records.append(json.loads(record.replace(tag, b"tag")))
+            records.append(json.loads(record))
             taker.messages[0].ack()
             assert server.hlen("unacked") == server.zcard("unacked_index") == 0
-    assert records[0] == records[1]
+    (ours, *where), (kombus, *_) = records
+    for message in ours, kombus:
+        del message["properties"]["delivery_tag"]
+    assert ours == kombus
+    # It returns to its queue, also where the exchange has other queues, or none any more.
+    assert where == ["", "work"]
 
 
 def test_workers_killed_under_load_lose_nothing(shop: Site, server: redis.Redis) -> None:
@@ -340,7 +351,7 @@ def test_a_message_of_any_form_becomes_a_dead_letter_and_stops_nothing(shop: Sit
         b"no JSON \xff\x00",
         b"[" * 2000,
         b'"text"',
-        b'{"properties": {"delivery_info": {"exchange": "", "routing_key": "default"}}}',
+        b'{"properties": {"delivery_tag": "x", "delivery_info": {"exchange": null, "routing_key": "default"}}}',
         b'{"properties": {"delivery_tag": 5}}',
         b'{"properties": {"delivery_tag": "x"}}',
     ]
@@ -362,7 +373,40 @@ def test_a_message_of_any_form_becomes_a_dead_letter_and_stops_nothing(shop: Sit
     assert {letter.reason for letter in letters} == {"undecodable"}
     bodies = [letter.original.body for letter in letters]
     assert bodies[:6] == odd
-    assert [json.loads(body) for body in bodies[6:]] == [json.loads(message) for message in odd_later]
+    for body, message in zip(map(json.loads, bodies[6:]), map(json.loads, odd_later), strict=True):
+        # Some under the tag of their claim.
+        assert body["properties"].pop("delivery_tag")
+        del message["properties"]["delivery_tag"]
+        assert body == message
+
+
+def test_what_was_claimed_by_a_lost_worker_returns_whatever_its_form(redis_url: str, server: redis.Redis) -> None:
+    """A record of each version: by this one's claim of a message and of no message, by the earlier one's and kombu's."""
+    message = {
+        "body": "x",
+        "headers": {"file": "\udcff"},
+        "properties": {"delivery_tag": "1", "delivery_info": {"exchange": "work", "routing_key": "work"}},
+    }
+    with connect(redis_url, visibility_timeout=0) as connection:
+        send(connection, "so that the queue is bound")
+        server.delete("work")
+        server.lpush("work", json.dumps(message), b"no JSON \xff", json.dumps(message))
+        lost = Taker(connection, ack=False)
+        lost.consumer.on_message = lost.messages.append
+        wait_for("all claims", lambda: lost.look(0.2) or server.hlen("unacked") == 3)
+        assert len(set(server.hkeys("unacked"))) == 3
+        server.hset("unacked", "1", json.dumps([message, "work", "work"]))
+        server.zadd("unacked_index", {"1": 1})
+        lost.channel.qos._delivered.clear()
+        with connect(redis_url, visibility_timeout=0) as second:
+            second.default_channel.qos.restore_visible()
+            assert server.hlen("unacked") == server.zcard("unacked_index") == 0
+            finder = Taker(second)
+            finder.consumer.on_message = finder.messages.append
+            wait_for("all", lambda: finder.look(0.2) or len(finder.messages) == 4)
+    unreadable = {"application/octet-stream": b"no JSON \xff"}
+    assert {found.content_type: found.body for found in finder.messages if found.content_type} == unreadable
+    assert [found.headers.get("file") for found in finder.messages].count("\udcff") == 3
 
 
 # --- Waking up ---
@@ -464,6 +508,40 @@ def test_new_credentials_reach_the_waiting_connection(redis_url: str, server: re
         [client] = [client for client in server.client_list() if client["cmd"] in ("bzpopmin", "evalsha")]
         assert client["user"] == "rotated"
         server.acl_deluser("rotated")
+
+
+#: Names of what the sources below call commands of: clients, pipelines, and what returns one.
+CLIENTS = {"client", "pipe", "pipeline", "pubsub", "_pubsub", "redis", "redis_client", "get_redis", "_create_client", "subclient", "c"}
+#: Where redis-py calls a command otherwise. A lock is made of a SET and scripts.
+NAMED = {"delete": "del", "script_load": "script|load", "transaction": "watch", "register_script": "evalsha", "lock": "set"}
+
+
+def commands_in(source: Path) -> set[str]:
+    """Return the Redis commands that a module calls, itself or by its scripts."""
+    text, found = source.read_text(), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            receiver: ast.expr = node.func.value
+            while isinstance(receiver, ast.Call):
+                receiver = receiver.func.value if isinstance(receiver.func, ast.Attribute) and receiver.args else receiver.func
+            if (receiver.id if isinstance(receiver, ast.Name) else getattr(receiver, "attr", "")) in CLIENTS:
+                found.add(NAMED.get(node.func.attr, node.func.attr))
+    return found | {name.lower() for name in re.findall(r"redis\.p?call\(\s*'(\w+)'", text)}
+
+
+def test_the_role_allows_every_command_that_an_option_can_call(server: redis.Redis) -> None:
+    role = yaml.safe_load((Path(__file__).parents[2] / "roles/redis/vars/main.yml").read_text())
+    allowed = {rule.removeprefix("+") for line in role["__redis_celery_commands"] for rule in line.split()} | {"ping"}
+    known = {name.decode() for name in server.command_list()}
+    modules = (celery.backends.redis, kombu.transport.redis, redis.lock, redbeat.schedulers, redis_transport, resilience, dead_letters)
+    # Methods of redis-py's that are named as a command is.
+    methods = {"pubsub", "reset"}
+    called = {module.__name__: commands_in(Path(module.__file__ or "")) & known - methods for module in modules}
+    # Each by another form of a call: of an option, of RedBeat's own interface, of a script, of a chain.
+    assert {"lrange", "zrange", "mget", "sismember"} <= called["celery.backends.redis"]
+    assert {"zrank", "hsetnx"} <= called["redbeat.schedulers"]
+    assert {"zadd", "hset", "sadd", "psubscribe"} <= called["kombu.transport.redis"]
+    assert {name: commands - allowed for name, commands in called.items() if commands - allowed} == {}
 
 
 def test_all_of_it_works_with_the_commands_that_the_role_allows(shop: Site, server: redis.Redis) -> None:

@@ -7,26 +7,35 @@ worker tries again.
 It also bounds how often a task is run that takes its process down. The runs are counted in a header of the message.
 A child that dies is seen by its worker, which sends the message again with one run more. A worker that dies leaves a
 message that the broker marks as redelivered; before such a message is run, it is replaced by a copy with one run more.
+
+A redelivery is no proof of a lost worker: one whose connection is lost, or whose task takes longer than the visibility
+timeout of Redis, still runs it. So before a task is given up for its redeliveries, all workers are asked, and the result
+backend: one that has succeeded is acknowledged, and one that still runs is waited for.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from enum import StrEnum
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from billiard.einfo import ExceptionWithTraceback
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery import Celery, signals
 from celery.exceptions import Ignore, NotRegistered, Reject, Retry, TaskRevokedError, Terminated, TimeLimitExceeded, WorkerLostError
+from celery.states import SUCCESS
 from celery.worker.consumer import Consumer
+from celery.worker.control import inspect_command
 from celery.worker.request import Request
-from celery.worker.state import task_ready
+from celery.worker.state import active_requests, successful_requests, task_ready
 from kombu import serialization
 from kombu.entity import Exchange, Queue
 from kombu.exceptions import ContentDisallowed
@@ -40,12 +49,16 @@ logger = logging.getLogger(__name__)
 
 #: Header with the runs of a message before this delivery that did not come to an end.
 RUNS_HEADER = "celery_platform_runs"
+#: Header with the time of the first of these, in seconds since the epoch.
+SINCE_HEADER = "celery_platform_since"
 #: Hash of documents by id in Redis; exchange and queue in RabbitMQ.
 NAME = "dead-letters"
 #: Sorted set in Redis: ids by the time of their failure.
 INDEX = "dead-letters-by-time"
 #: Seconds until a dead letter is tried again that could not be written.
 RETRY_INTERVAL = 5
+#: Seconds that workers have to answer what became of a task. One that is busy with a task in its only process does not.
+ANSWER_TIMEOUT = 1
 #: Seconds that RabbitMQ has to confirm a message; py-amqp waits for ever by default.
 CONFIRM_TIMEOUT = 10
 #: Each look into the queue counts as a delivery, and RabbitMQ 4 drops a message at the 20th by default.
@@ -58,6 +71,7 @@ LONGEST_NAME = 200
 HISTORY = (
     "redelivered",
     RUNS_HEADER,
+    SINCE_HEADER,
     "x-delivery-count",
     "x-death",
     "x-first-death-exchange",
@@ -137,7 +151,8 @@ class Original:
     def counted(self, runs: int) -> Original:
         """Return it with so many runs behind it."""
         headers = {name: value for name, value in self.headers.items() if name not in HISTORY}
-        return replace(self, headers=headers | {RUNS_HEADER: runs})
+        since = self.headers.get(SINCE_HEADER) or time.time()
+        return replace(self, headers=headers | {RUNS_HEADER: runs, SINCE_HEADER: since})
 
     def fresh(self) -> Original:
         """Return it as if it had never run, to be run now: without retries, runs, ETA and time of expiry."""
@@ -420,6 +435,17 @@ def _one_line(text: str) -> str:
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text[:LONGEST_NAME])
 
 
+def _storable(text: str) -> str:
+    """Return a name or an id as a key that any store takes, also where it is no valid UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _seconds(when: datetime | str) -> float:
+    """Return a time of a result in seconds since the epoch."""
+    moment = datetime.fromisoformat(when) if isinstance(when, str) else when
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
 def _death_by(exception: BaseException, traceback: str | None) -> Death | None:
     """Return what an exception of a task means, as celery.worker.request judges it; None if the task lives on."""
     if isinstance(exception, ExceptionWithTraceback):
@@ -428,9 +454,33 @@ def _death_by(exception: BaseException, traceback: str | None) -> Death | None:
         return None
     if isinstance(exception, Reject):
         return Death(REJECTED, exception, traceback)
-    if isinstance(exception, (WorkerLostError, SystemExit, KeyboardInterrupt)):
+    if isinstance(exception, (SystemExit, KeyboardInterrupt)):
+        # Whoever read such a result would end, too.
+        exception = WorkerLostError(f"The process ended by {exception!r}")
+    if isinstance(exception, WorkerLostError):
         return Death(WORKER_LOST, exception)
     return Death(TIME_LIMIT if isinstance(exception, TimeLimitExceeded) else FAILED, exception, traceback)
+
+
+class Fate(StrEnum):
+    """What became of a task that was delivered again."""
+
+    RUNS = "runs"
+    SUCCEEDED = "succeeded"
+    LOST = "lost"
+
+
+def fate_here(id: str, age: float) -> Fate:
+    """Return what this worker knows of a task: whether it runs, or has succeeded in so many seconds past."""
+    if successful_requests._data.get(id, (-math.inf,))[0] >= time.monotonic() - age:
+        return Fate.SUCCEEDED
+    return Fate.RUNS if any(request.id == id for request in tuple(active_requests)) else Fate.LOST
+
+
+@inspect_command(args=[("id", str), ("age", float)], visible=False)  # type: ignore[untyped-decorator]
+def fate_of_task(state: Any, id: str, age: float) -> str:
+    """Answer another worker what became of a task."""
+    return fate_here(id, float(age))
 
 
 def _counted(execute: Callable[..., Any]) -> Callable[..., Any]:
@@ -438,9 +488,21 @@ def _counted(execute: Callable[..., Any]) -> Callable[..., Any]:
         if not self.may_run():
             # The worker takes its slot back, and does no more.
             raise TaskRevokedError(self.id)
-        return execute(self, pool, **options)
+        try:
+            return execute(self, pool, **options)
+        except OF_FORM as error:
+            self.fail(error)
+            raise TaskRevokedError(self.id) from error
 
     return execute_using_pool
+
+
+def _ended(on_success: Callable[..., Any]) -> Callable[..., Any]:
+    def on_success_or_exit(self: Any, result: Any, **options: Any) -> Any:
+        # What the pools without processes tell of a task that ended by an exception that is no Exception.
+        return self.on_failure(result, return_ok=True) if isinstance(result, ExceptionInfo) else on_success(self, result, **options)
+
+    return on_success_or_exit
 
 
 class CountedRequest(Request):  # type: ignore[misc]
@@ -451,10 +513,11 @@ class CountedRequest(Request):  # type: ignore[misc]
     buried = False
 
     def __init_subclass__(cls, **options: Any) -> None:
-        # Celery derives a class for each task (create_request_cls), whose execute_using_pool does not call this one's.
+        # Celery derives a class for each task (create_request_cls), whose methods do not call this one's.
         super().__init_subclass__(**options)
         if "execute_using_pool" in vars(cls):
             cls.execute_using_pool = _counted(cls.execute_using_pool)
+            cls.on_success = _ended(cls.on_success)
 
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
@@ -463,9 +526,12 @@ class CountedRequest(Request):  # type: ignore[misc]
             # Sent again by a worker, if only since the task asked for it. It may look at this, as
             # worker_deduplicate_successful_tasks does.
             self._delivery_info["redelivered"] = True
+        # The first one is not noted in itself: by then, it has been away for as long as its broker let it be.
+        self.since = float(self._request_dict.pop(SINCE_HEADER, self.received - 2 * self.consumer.visibility_timeout))
         # Not for the task: a retry begins to count anew.
         self.earlier_runs = int(self._request_dict.pop(RUNS_HEADER, 0))
         self.runs = self.earlier_runs
+        self.consumer.request = self
 
     def may_run(self) -> bool:
         """Tell whether to run this delivery; if not, see to its message."""
@@ -475,10 +541,43 @@ class CountedRequest(Request):  # type: ignore[misc]
         task_ready(self)
         self.runs += 1
         if self.runs >= self.consumer.max_runs:
-            self._give_up(WorkerLostError(f"The worker was lost in each of {self.runs} runs."))
+            self._give_up_if_lost()
         else:
             self._send_again()
         return False
+
+    def _give_up_if_lost(self, held: bool = False) -> None:
+        holds = getattr(getattr(self.message.channel, "qos", None), "holds", None)
+        if held and holds and not holds(self.message.delivery_tag):
+            # Delivered once more, to somebody who decides now.
+            self.consumer.qos.decrement_eventually()
+            self.acknowledge()
+            return
+        fate = self.consumer.fate(self.id, self.since)
+        if fate is Fate.RUNS:
+            if not held:
+                logger.warning("Task %s[%s] was delivered %d times and may still run; it is waited for", self._type, self.id, self.runs)
+                # As for a task with an ETA: it must not keep this worker from others.
+                self.consumer.qos.increment_eventually()
+            self.consumer.timer.call_after(RETRY_INTERVAL, self._give_up_if_lost, (True,))
+            return
+        if held:
+            self.consumer.qos.decrement_eventually()
+        if fate is Fate.SUCCEEDED:
+            logger.info("Task %s[%s] was delivered %d times and has succeeded", self._type, self.id, self.runs)
+            self.acknowledge()
+        else:
+            self._give_up(WorkerLostError(f"The worker was lost in each of {self.runs} runs."))
+
+    def fail(self, error: Exception) -> None:
+        """End a task after an error on its way through the worker, which is neither the task's nor its message's."""
+        logger.exception("An error of the worker's with %s[%s]: %s", self._type, self.id, type(error).__name__)
+        task_ready(self)
+        if self.id in successful_requests:
+            self.acknowledge()
+        else:
+            self.death = self.death or Death(FAILED, error, "".join(traceback.format_exception(error)))
+            self._give_up(error)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         """Note why the task failed, for when its message is acknowledged or rejected."""
@@ -544,14 +643,17 @@ class CountedRequest(Request):  # type: ignore[misc]
         """Do what Celery does after a failure that the task's own process could not report."""
         self.death = self.death or Death(WORKER_LOST, exception)
         self._bury(super().acknowledge)
-        try:
-            self.task.backend.mark_as_failure(self.id, exception, request=self._context, store_result=self.store_errors)
-        except Exception:
-            # The dead letter tells it, too; an exception from here would end the worker.
-            logger.exception("The result of %s cannot be written", self.id)
         told = {"exception": exception, "args": self.args, "kwargs": self.kwargs, "traceback": None, "einfo": None}
-        signals.task_failure.send(sender=self.task, task_id=self.id, **told)
-        self.send_event("task-failed", exception=repr(exception), traceback="")
+        for tell in (
+            partial(self.task.backend.mark_as_failure, self.id, exception, request=self._context, store_result=self.store_errors),
+            partial(signals.task_failure.send, sender=self.task, task_id=self.id, **told),
+            partial(self.send_event, "task-failed", exception=repr(exception), traceback=""),
+        ):
+            try:
+                tell()
+            except Exception:
+                # The dead letter tells it, too; an exception from here would end the worker.
+                logger.exception("The failure of %s cannot be told", self.id)
 
     def _bury(self, settle: Callable[[], Any]) -> None:
         if self.buried or self.death is None:
@@ -566,6 +668,9 @@ class CountingConsumer(Consumer):  # type: ignore[misc]
 
     store: Store
     max_runs: int
+    visibility_timeout: int
+    #: The latest that was made of a message.
+    request: CountedRequest | None = None
 
     def update_strategies(self) -> None:
         """Let all tasks, also those that are not derived from the application's class, use our requests."""
@@ -582,15 +687,29 @@ class CountingConsumer(Consumer):  # type: ignore[misc]
         handle = super().create_task_handler(*arguments, **options)
 
         def handle_any(message: Any) -> None:
+            self.request = None
             try:
                 handle(message)
             except OF_FORM as error:
-                if message.acknowledged:
-                    raise
+                request = self.request or self._request_of(message)
+                if request:
+                    request.fail(error)
+                    return
                 logger.exception("A message that is no task: %s", type(error).__name__)
-                self._bury(message, INVALID, error, partial(message.reject_log_error, logger, self.connection_errors))
+                if not message.acknowledged:
+                    self._bury(message, INVALID, error, partial(message.reject_log_error, logger, self.connection_errors))
 
         return handle_any
+
+    def _request_of(self, message: Any) -> CountedRequest | None:
+        """Return what Celery itself makes of a message, or None if that cannot be done: the message is malformed then."""
+        kind = type("Request", (CountedRequest,), {"consumer": self})
+        settle = {"on_ack": message.ack_log_error, "on_reject": message.reject_log_error, "connection_errors": self.connection_errors}
+        try:
+            request: CountedRequest = kind(message, app=self.app, hostname=self.hostname, eventer=self.event_dispatcher, **settle)
+        except Exception:
+            return None
+        return request
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
         """Keep a message that cannot be read."""
@@ -622,12 +741,35 @@ class CountingConsumer(Consumer):  # type: ignore[misc]
 
         self.keep(self.letter(message, Death(reason, error, "".join(traceback.format_exception(error)))), settle_surely)
 
+    def fate(self, id: str, since: float) -> Fate:
+        """Return what became of a task that was first delivered again then; where that is unknown, it may still run."""
+        age = time.time() - since
+        fates = {fate_here(id, age)}
+        try:
+            result = self.app.backend.get_task_meta(id, cache=False)
+            if result["status"] == SUCCESS and _seconds(result["date_done"]) >= since:
+                return Fate.SUCCEEDED
+        except Exception as error:
+            logger.debug("There is no result of %s: %s", id, type(error).__name__)
+        if fates == {Fate.LOST}:
+            mailbox = self.app.control.mailbox
+            try:
+                answers = self.app.control.broadcast("fate_of_task", arguments={"id": id, "age": age}, reply=True, timeout=ANSWER_TIMEOUT)
+            except Exception as error:
+                logger.error("Workers cannot be asked for %s: %s: %s", id, type(error).__name__, error)
+                return Fate.RUNS
+            fates |= {fate for answer in answers or () for fate in answer.values() if fate in tuple(Fate)}
+            # This one does not answer either.
+            if (getattr(mailbox, "asked", None) or 0) - self.app.conf.worker_enable_remote_control > len(answers or ()):
+                fates.add(Fate.RUNS)
+        return next(fate for fate in (Fate.SUCCEEDED, Fate.RUNS, Fate.LOST) if fate in fates)
+
     def letter(self, message: Any, death: Death, task: str = "", id: str = "", runs: int = 0, received: float | None = None) -> DeadLetter:
         """Return the dead letter of a message."""
         original, now = self.original(message), time.time()
         return DeadLetter(
-            id=id or original.id,
-            task=task or original.task,
+            id=_storable(str(id or original.id)),
+            task=_storable(str(task or original.task)),
             reason=death.reason,
             original=original,
             # One that cannot be pickled comes from its process as a wrapper.
@@ -684,4 +826,6 @@ def install(app: Celery, settings: Settings) -> None:
         return
     base = symbol_by_name(app.conf.worker_consumer)
     bases = (CountingConsumer,) if base is Consumer else (CountingConsumer, base)
-    app.conf.worker_consumer = type("Consumer", bases, {"store": store, "max_runs": settings.max_runs})
+    app.conf.worker_consumer = type(
+        "Consumer", bases, {"store": store, "max_runs": settings.max_runs, "visibility_timeout": settings.visibility_timeout}
+    )

@@ -1,4 +1,4 @@
-"""Guards for defects of Celery 5.7.0, kombu 5.7.0 and py-amqp 5.4.2 with RabbitMQ.
+"""Guards for defects of Celery 5.7.0, and of kombu 5.7.0 and py-amqp 5.4.2 with RabbitMQ.
 
 Each says which defect it is for, where that is, and when it can go. What settings alone prevent is in `broker`, `queues`
 and `configuration`; time limits are in `limits`. The tests show each defect without its guard.
@@ -6,17 +6,20 @@ and `configuration`; time limits are in `limits`. The tests show each defect wit
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import threading
 import time
+from asyncio import CancelledError
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 from amqp.exceptions import MessageNacked
-from celery import Celery
-from celery.exceptions import QueueNotFound
+from billiard.common import _should_have_exited
+from celery import Celery, signals
+from celery.exceptions import QueueNotFound, WorkerShutdown, WorkerTerminate
 from celery.utils.time import maybe_make_aware
 from kombu import transport
 from kombu.exceptions import OperationalError
@@ -39,6 +42,8 @@ OVERRIDDEN = (
     (pyamqp.Connection, "blocking_read"),
     (pyamqp.Transport, "establish_connection"),
 )
+#: What ends a process, a thread or a coroutine; not what gevent and eventlet raise at a time limit.
+EXITS = (SystemExit, KeyboardInterrupt, GeneratorExit, CancelledError)
 #: Seconds until a message that RabbitMQ refused is sent again.
 NACK_INTERVAL = 1
 #: What says how long to wait for a broker.
@@ -46,15 +51,52 @@ WAITING = frozenset({"max_retries", "interval_start", "interval_step", "interval
 
 
 def install(app: Celery, settings: Settings) -> None:
-    """Guard an application, if its broker is RabbitMQ. Comes before whatever else wraps `app.send_task`.
+    """Guard an application. Comes before whatever else wraps `app.send_task` or its tasks.
 
     Raises:
         RuntimeError: if kombu is not as these guards know it.
     """
+    # All tasks are there by then, and the pool is not yet.
+    signals.worker_init.connect(lambda **_: fail_on_exit(app), weak=False)
     if settings.uses_rabbitmq:
         use_transport()
         delay_safely(app, settings.declare_queues)
         give_up(app, settings.publish_timeout)
+
+
+# --- Tasks ---
+
+
+class TaskExited(Exception):
+    """A task that ended by what is to end a process: sys.exit(), as argparse, click and Django's commands call it, or the like."""
+
+
+def fail_on_exit(app: Celery) -> None:
+    """Let a task that ends by SystemExit, or another exception that is no Exception, be one that failed.
+
+    Celery lets these pass (celery/app/trace.py, trace_task). With prefork the child ends, and the task is run again as one
+    whose process was lost. In a thread nothing tells the worker, which waits for ever with one slot less. Solo takes it for
+    an error of its own (celery/concurrency/base.py, apply_target, and Request.on_success). Whoever reads such a result would
+    exit as well, so it is stored as a TaskExited. Can go when Celery makes a failure of it in each pool.
+    """
+    for task in app.tasks.values():
+        task.run = _failing_on_exit(task.run)
+
+
+def _failing_on_exit(run: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(run)
+    def run_and_fail_on_exit(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return run(*args, **kwargs)
+        except (WorkerShutdown, WorkerTerminate):
+            raise
+        except EXITS as error:
+            # Raised by the signal that ends this process, as for a task that is revoked.
+            if _should_have_exited[0]:
+                raise
+            raise TaskExited(f"The task ended by {error!r}") from error
+
+    return run_and_fail_on_exit
 
 
 # --- Connections ---

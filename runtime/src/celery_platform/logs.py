@@ -1,8 +1,9 @@
 """The log: always in the journal, also in Celery's file if it has one; with the task of each line, without secrets.
 
 Every record passes through `Record`, also those of applications that set up logging themselves (the signal
-`setup_logging`); handlers and formats are ours only where they would be Celery's. Where a task stood when it hit a
-time limit is logged too: under prefork, that is, since Celery enforces no time limit with threads and solo.
+`setup_logging`); handlers and formats are ours only where they would be Celery's. What fails in logging fails nothing
+else. Where a task stood when it hit a time limit is logged too: under prefork, that is, since Celery enforces no time
+limit with threads and solo.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from urllib.parse import quote, quote_plus, unquote, urlsplit
 from celery import Celery, signals
 from celery._state import get_current_worker_task
 from celery.app.task import Context
+from celery.exceptions import SoftTimeLimitExceeded
 from celery.utils.log import ColorFormatter, get_multiprocessing_logger
 from celery.worker.consumer import consumer as celery_consumer
 from celery.worker.request import Request
@@ -52,6 +54,9 @@ URL_PASSWORD = re.compile(r"""(?<=://)([^\s:/@'"]*):[^\s/'"]*@""")
 
 #: What the mappings that Celery logs call arguments and results (celery.app.trace, celery.worker.strategy).
 VALUES = frozenset({"args", "kwargs", "return_value"})
+
+#: Where Celery gives such a mapping to handlers as well, as an attribute of the record.
+EXTRA = "data"
 
 #: Celery's other messages that show arguments, and the positions of these among the message's own.
 SHOWS_ARGUMENTS: dict[str, frozenset[int]] = {
@@ -140,8 +145,9 @@ def task_fields(name: str, request: Context) -> dict[str, Any]:
 class Record(logging.LogRecord):
     """A record that knows its task and shows neither secrets nor, in lines of Celery's own, arguments and results.
 
-    The fields join the record's other attributes only when a handler asks for its message: set before, they would
-    make `extra={"task_id": …}` of an application an error in its task (logging.Logger.makeRecord).
+    Handlers and filters of an application find all that Celery gave it, if with asterisks in place of values. The fields
+    join the record's other attributes only when a handler asks for its message: set before, they would make
+    `extra={"task_id": …}` of an application an error in its task (logging.Logger.makeRecord).
     """
 
     mask: ClassVar[Mask]
@@ -153,6 +159,11 @@ class Record(logging.LogRecord):
         self._fields = self._fields_of_task()
         if self.name.startswith("celery.") and not self.show_arguments:
             self._hide_arguments()
+
+    @property
+    def repeats_itself(self) -> bool:
+        """Whether its `data` are what its message already says, and hides."""
+        return self.name.startswith("celery.") and not self.show_arguments
 
     def _fields_of_task(self) -> dict[str, Any]:
         task = get_current_worker_task()
@@ -181,8 +192,9 @@ class Record(logging.LogRecord):
         """Return the message without secrets; complete the record for the handler that asks."""
         for name, value in self._fields.items():
             self.__dict__.setdefault(name, value)
-        if not self.show_arguments and self.name.startswith("celery."):
-            self.__dict__.pop("data", None)
+        data = self.__dict__.get(EXTRA)
+        if self.repeats_itself and isinstance(data, Mapping):
+            self.__dict__[EXTRA] = {**data, **dict.fromkeys(VALUES & data.keys(), MASK)}
         if self.exc_info and not self.exc_text:
             # A formatter takes this text in place of its own, which it keeps where there is nothing to mask.
             text = "".join(traceback.format_exception(*self.exc_info)).rstrip("\n")
@@ -199,7 +211,11 @@ class Record(logging.LogRecord):
 
 
 def _make_record(make: Callable[..., logging.LogRecord], *arguments: Any, **named: Any) -> logging.LogRecord:
-    record = make(*arguments, **named)
+    try:
+        record = make(*arguments, **named)
+    except Exception as error:
+        _tell_failure("factory of records", arguments[0], error)
+        record = logging.LogRecord(*arguments, **named)
     if not isinstance(record, Record):
         record.__class__ = _with_task(type(record))  # type: ignore[arg-type]
         # An exception would be raised where the line is logged: in a task.
@@ -212,6 +228,43 @@ def _make_record(make: Callable[..., logging.LogRecord], *arguments: Any, **name
 def _with_task(kind: type[logging.LogRecord]) -> type[logging.LogRecord]:
     """Return our class of records, on top of an application's own."""
     return Record if kind is logging.LogRecord else type(kind.__name__, (Record, kind), {})
+
+
+def _tell_failure(what: str, name: str, error: Exception) -> None:
+    """Tell on the standard error, which is no log here, where logging itself failed."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        print(
+            f"celery_platform: the {what} failed on a line of {name}: {type(error).__name__} in {frame.filename}:{frame.lineno}",
+            file=sys.__stderr__,
+        )
+
+
+def _survive_handlers() -> None:
+    """Let an error of a handler or a filter not reach whoever logs: Celery, between a task's success and its acknowledgement.
+
+    Python's own handlers catch theirs (Handler.handleError); filters, and handlers whose `emit` does not, raise it where
+    the line is logged (logging/__init__.py: Logger.handle, Handler.handle). Both are guarded, so that the other handlers
+    get the line.
+    """
+    for owner, what in ((logging.Logger, "filter"), (logging.Handler, "handler")):
+        if not hasattr(owner.handle, "__wrapped__"):
+            owner.handle = _surviving(owner.handle, what)  # type: ignore[method-assign]
+
+
+def _surviving(handle: Callable[..., Any], what: str) -> Callable[..., Any]:
+    @functools.wraps(handle)
+    def surviving(self: Any, record: logging.LogRecord) -> Any:
+        try:
+            return handle(self, record)
+        except SoftTimeLimitExceeded:
+            # It is raised wherever the task stands.
+            raise
+        except Exception as error:
+            _tell_failure(what, record.name, error)
+            return False
+
+    return surviving
 
 
 def _time(record: logging.LogRecord) -> str:
@@ -256,7 +309,8 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         message = record.getMessage()
-        line: dict[str, Any] = {name: value for name, value in record.__dict__.items() if name not in STANDARD and not name.startswith("_")}
+        left_out = STANDARD | {EXTRA} if isinstance(record, Record) and record.repeats_itself else STANDARD
+        line: dict[str, Any] = {name: value for name, value in record.__dict__.items() if name not in left_out and not name.startswith("_")}
         line |= {
             "timestamp": _time(record),
             "level": record.levelname,
@@ -344,7 +398,10 @@ def _replace_handlers(target: logging.Logger, logfile: str | None, ours: Callabl
         # Any other formatter is one that the application chose in these same signals.
         chosen = None if old.formatter is None or isinstance(old.formatter, ColorFormatter) else old.formatter
         if not any(isinstance(handler, Journal) for handler in target.handlers):
-            handlers: list[logging.Handler] = [Journal(), *([File(logfile, encoding="utf-8")] if logfile else [])]
+            handlers: list[logging.Handler] = [
+                Journal(),
+                *([File(logfile, encoding="utf-8", errors="backslashreplace")] if logfile else []),
+            ]
             for handler in handlers:
                 handler.setFormatter(chosen or ours(type(handler)))
                 target.addHandler(handler)
@@ -419,6 +476,7 @@ def install(app: Celery, settings: Settings) -> None:
     Record.mask = staticmethod(mask)
     Record.show_arguments = settings.log_arguments and settings.encryption == "off"
     logging.setLogRecordFactory(functools.partial(_make_record, logging.getLogRecordFactory()))
+    _survive_handlers()
     in_journal = systemd.stderr_is_journal()
 
     def formatter(handler: type[logging.Handler]) -> logging.Formatter:

@@ -2,7 +2,8 @@
 
 kombu takes a message off its list first and records it as unacknowledged afterwards; a worker killed in between loses
 it. Here a script on the server does both at once. Lists, records, acknowledgements and redelivery are kombu's, so
-workers and producers on kombu's own transport can share the broker. Measurements: benchmarks/redis_transport.py.
+workers and producers on kombu's own transport can share the broker. A record is kept under a tag that is new with each
+claim, not the sender's: only Python parses what a sender wrote. Measurements: benchmarks/redis_transport.py.
 
 A script cannot block. When it finds nothing, the worker waits for a wake-up that producers on this transport send with
 each message, and looks again after IDLE_WAIT at the latest: for messages of other producers, restored ones, and those
@@ -25,6 +26,7 @@ from importlib.metadata import version
 from queue import Empty
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 from celery import Celery
 from kombu import pidbox
@@ -51,67 +53,39 @@ IDLE_WAIT = 0.1
 WAKE_UP_EXPIRES = 60
 #: Seconds until the next try of a claim or a publish that Redis refuses for a while.
 REFUSED_WAIT = 0.5
+#: What separates a message from its queue in a record: an exchange without a name.
+RECORD_ROUTE = b',"",'
 #: A content type that nobody accepts: such a message becomes a dead letter.
 UNREADABLE = "application/octet-stream"
 #: Its `count`: how many heard the latest message that this thread published to all who listen.
 listeners = threading.local()
 
 #: KEYS: kombu's lists in the order they are looked at, then its index and its hash of unacknowledged messages.
-#: ARGV: the time, then for each list its queue, or nothing if its messages need no acknowledgement.
-#: Returns list, message and delivery tag. It writes what kombu's QoS.append does, in the same form.
+#: ARGV: the time, the tag of this claim, then for each list what follows the message in its record, or nothing if its
+#: messages need no acknowledgement. Returns list and message.
+#: The record is one of kombu's, as its QoS.append writes it; but it names the queue that the message was in. A message is
+#: not parsed: there is text that Python's json writes and reads, and Redis' refuses.
 #: The list comes first because Redis, when its memory is full, lets a script go on that began with a pop.
-#: A message that kombu cannot take is claimed as the body of one that it can, of the type UNREADABLE.
 CLAIM = """
-local function base64(text)
-  local digits, out = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/', {}
-  for i = 1, #text, 3 do
-    local a, b, c = text:byte(i, i + 2)
-    local bits = a * 65536 + (b or 0) * 256 + (c or 0)
-    for shift = 18, 0, -6 do
-      local digit = bit.band(bit.rshift(bits, shift), 63) + 1
-      out[#out + 1] = digits:sub(digit, digit)
-    end
-    if not c then out[#out] = '=' end
-    if not b then out[#out - 1] = '=' end
-  end
-  return table.concat(out)
-end
-
-local function address(item)
-  local is_json, message = pcall(cjson.decode, item)
-  local properties = is_json and type(message) == 'table' and message['properties']
-  local delivery = type(properties) == 'table' and properties['delivery_info']
-  if type(delivery) == 'table' and type(properties['delivery_tag']) == 'string'
-      and delivery['exchange'] ~= nil and delivery['routing_key'] ~= nil then
-    return properties['delivery_tag'], delivery['exchange'], delivery['routing_key']
-  end
-end
-
 for i = 1, #KEYS - 2 do
-  local item, queue = redis.call('RPOP', KEYS[i]), ARGV[i + 1]
-  if item and queue == '' then return {KEYS[i], item, ''} end
+  local item, where = redis.call('RPOP', KEYS[i]), ARGV[i + 2]
+  if item and where == '' then return {KEYS[i], item} end
   if item then
-    local message, tag, exchange, routing_key = item, address(item)
-    if not tag then
-      tag, exchange, routing_key = redis.sha1hex(ARGV[1] .. item), '', queue
-      message = cjson.encode({
-        body = base64(item), headers = {}, ['content-type'] = 'UNREADABLE', ['content-encoding'] = 'binary',
-        properties = {body_encoding = 'base64', delivery_tag = tag, delivery_info = {exchange = '', routing_key = queue}}
-      })
-    end
-    local record = '[' .. message .. ',' .. cjson.encode(exchange) .. ',' .. cjson.encode(routing_key) .. ']'
-    local replies = {redis.pcall('ZADD', KEYS[#KEYS - 1], ARGV[1], tag), redis.pcall('HSET', KEYS[#KEYS], tag, record)}
+    local replies = {
+      redis.pcall('ZADD', KEYS[#KEYS - 1], ARGV[1], ARGV[2]),
+      redis.pcall('HSET', KEYS[#KEYS], ARGV[2], '[' .. item .. where)
+    }
     for _, reply in ipairs(replies) do
       if type(reply) == 'table' and reply.err then
         redis.call('RPUSH', KEYS[i], item)
         return reply
       end
     end
-    return {KEYS[i], message, tag}
+    return {KEYS[i], item}
   end
 end
 return false
-""".replace("UNREADABLE", UNREADABLE)
+"""
 CLAIM_SHA = hashlib.sha1(CLAIM.encode(), usedforsecurity=False).hexdigest()
 
 
@@ -125,7 +99,7 @@ def _passes(error: Exception) -> bool:
 
 
 def _unreadable(text: bytes, tag: str, queue: str) -> dict[str, Any]:
-    """Return what CLAIM makes of a message that kombu cannot take, for one that only Python finds to be so."""
+    """Return a message that kombu can take, whose body is one that it cannot."""
     return {
         "body": b64encode(text).decode(),
         "headers": {},
@@ -133,6 +107,20 @@ def _unreadable(text: bytes, tag: str, queue: str) -> dict[str, Any]:
         "content-encoding": "binary",
         "properties": {"body_encoding": "base64", "delivery_tag": tag, "delivery_info": {"exchange": "", "routing_key": queue}},
     }
+
+
+def _message(text: bytes, tag: str, queue: str) -> dict[str, Any]:
+    """Return a message of a queue, under the tag of its claim; the sender's own tag is not looked at."""
+    try:
+        message: dict[str, Any] = loads(bytes_to_str(text))
+        properties = message["properties"]
+        delivery = properties["delivery_info"]
+        if delivery["exchange"] is None or delivery["routing_key"] is None:
+            raise ValueError("It came from nowhere.")
+        properties["delivery_tag"] = tag
+    except (*OF_FORM, RecursionError):
+        return _unreadable(text, tag, queue)
+    return message
 
 
 class Message(virtual.Message):
@@ -157,10 +145,26 @@ class QoS(base.QoS):
         else:
             super().append(message, delivery_tag)  # type: ignore[no-untyped-call]
 
+    def holds(self, delivery_tag: str) -> bool:
+        """Tell whether a message is still this worker's, and was not redelivered meanwhile."""
+        with self.channel.conn_or_acquire() as client:
+            return client.hget(self.unacked_key, delivery_tag) is not None
+
     def ack(self, delivery_tag: str) -> None:
         """Forget a message; while Redis takes no writes, do so later, where kombu ends the worker."""
         self._forget(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
+
+    def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
+        """Redeliver a message; one that is no JSON, and whose worker died before it was a dead letter, as one that is."""
+        try:
+            super().restore_by_tag(tag, client, leftmost)  # type: ignore[no-untyped-call]
+        except (*OF_FORM, RecursionError):
+            with self.channel.conn_or_acquire(client) as client:
+                text, _, queue = (client.hget(self.unacked_key, tag) or b"")[1:].rpartition(RECORD_ROUTE)
+                queue = loads(bytes_to_str(queue[:-1]))
+                client.hset(self.unacked_key, tag, dumps([_unreadable(text, bytes_to_str(tag), queue), "", queue]))
+            super().restore_by_tag(tag, client, leftmost)  # type: ignore[no-untyped-call]
 
     def restore_visible(self, *arguments: Any, **options: Any) -> None:
         """Redeliver what was not acknowledged in time. It is called every few seconds, also where nothing happens."""
@@ -204,6 +208,8 @@ class _Channel:
 
     #: The command to send next, or being answered, if it is not a claim.
     _wait: list[Any] | None = None
+    #: The tag of the latest claim.
+    _tag = ""
     #: The payload that is being delivered, already recorded as unacknowledged.
     _claimed: Any = None
     _restored_at = 0.0
@@ -235,8 +241,11 @@ class _Channel:
     def _claim(self: Any, queues: list[str]) -> list[Any]:
         lists = [(self._q_for_pri(queue, step), queue) for step in self.priority_steps for queue in queues]
         keys = [self.global_keyprefix + key for key in (*(key for key, _ in lists), self.unacked_index_key, self.unacked_key)]
-        recorded = ["" if queue in self._no_ack or not self.ack_emulation else queue for _, queue in lists]
-        return ["EVALSHA", CLAIM_SHA, len(keys), *keys, time.time(), *recorded]
+        self._tag = str(uuid4())
+        where = [
+            b"" if queue in self._no_ack or not self.ack_emulation else RECORD_ROUTE + dumps(queue).encode() + b"]" for _, queue in lists
+        ]
+        return ["EVALSHA", CLAIM_SHA, len(keys), *keys, time.time(), self._tag, *where]
 
     def _brpop_read(self: Any, **_: Any) -> bool:
         """Read the reply to a claim or a wait, where kombu reads that to its BRPOP."""
@@ -248,14 +257,10 @@ class _Channel:
                     self._wait = ["BZPOPMIN", *(self.global_keyprefix + _wake_key(queue) for queue in self.active_queues), IDLE_WAIT]
                 self._restore_without_event_loop()
                 raise Empty
-            key, item, tag = reply
+            key, item = reply
             queue = bytes_to_str(key)[len(self.global_keyprefix) :].rsplit(self.sep, 1)[0]
             self._queue_cycle.rotate(queue)
-            try:
-                payload = self._claimed = loads(bytes_to_str(item))
-            except Exception:
-                # What the script reads, Python may not: a value of a type that it does not know, say.
-                payload = _unreadable(item, bytes_to_str(tag), queue)
+            payload = self._claimed = _message(item, self._tag, queue)
             self.connection._deliver(payload, queue)
             return True
         finally:
@@ -377,8 +382,13 @@ class Mailbox(pidbox.Mailbox):
         listeners.count = None
         return super()._publish(*arguments, **options)  # type: ignore[no-untyped-call]
 
+    @property
+    def asked(self) -> int | None:
+        """How many workers got this thread's latest question; None if it is not known."""
+        return getattr(listeners, "count", None)
+
     def _collect(self, ticket: Any, limit: Any = None, *arguments: Any, **options: Any) -> Any:
-        return super()._collect(ticket, limit or getattr(listeners, "count", None), *arguments, **options)  # type: ignore[no-untyped-call]
+        return super()._collect(ticket, limit or self.asked, *arguments, **options)  # type: ignore[no-untyped-call]
 
 
 def _wake_key(queue: str) -> str:
@@ -468,7 +478,7 @@ def install(app: Celery, settings: Settings) -> None:
         return
     if (found := version("kombu")) not in PROVEN:
         told = f"it is proven with kombu {', '.join(PROVEN)}, and this is {found}"
-        if "redis_transport" in settings.model_fields_set:
+        if "redis_transport" in settings.given:
             raise BadSettings(f"{PREFIX}REDIS_TRANSPORT is atomic; allowed: kombu, since {told}")
         logger.warning(
             "kombu's own Redis transport is used instead of the atomic one: %s. A worker that is killed may lose a message, and no "

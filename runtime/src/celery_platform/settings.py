@@ -248,7 +248,7 @@ class Settings:
     #: Messages an hour at most.
     alert_rate: Count = 30
 
-    #: Names of the settings that were set, and have no default's value.
+    #: Names of the settings that were set; the others have their defaults.
     given: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
