@@ -30,6 +30,7 @@ FROM_SETTINGS: dict[str, str] = {
     "worker_prefetch_multiplier": "prefetch_multiplier",
     "worker_max_tasks_per_child": "max_tasks_per_child",
     "result_expires": "result_expires",
+    "result_chord_expires": "chord_expires",
 }
 
 #: What an application may set itself, and when that is as safe as what we would set. Without an entry here, a value of
@@ -49,6 +50,7 @@ AS_SAFE: dict[str, Callable[[Any, Settings], bool]] = {
     "worker_send_task_events": lambda value, _: True,
     "task_send_sent_event": lambda value, _: True,
     "result_expires": lambda value, _: value is not None,
+    "result_chord_expires": lambda value, _: True,
     "result_compression": lambda value, _: True,
     "timezone": lambda value, _: True,
     "enable_utc": lambda value, _: bool(value),
