@@ -17,7 +17,7 @@ def test_what_is_not_set_has_a_default(environment: Environment) -> None:
 
     assert (settings.soft_time_limit, settings.time_limit, settings.max_tasks_per_child) == (600, 900, 1000)
     assert [queue.name for queue in settings.queues] == ["default"]
-    assert (settings.result_expires, settings.pool_limit, settings.result_backend) == (3600, 10, None)
+    assert (settings.result_expires, settings.pool_limit, settings.result_backend) == (86400, 10, None)
 
 
 def test_values_are_read_from_the_environment_and_from_credentials(environment: Environment) -> None:

@@ -35,6 +35,7 @@ FROM_SETTINGS: dict[str, str] = {
     "worker_prefetch_multiplier": "prefetch_multiplier",
     "worker_max_tasks_per_child": "max_tasks_per_child",
     "result_expires": "result_expires",
+    "result_chord_expires": "chord_expires",
 }
 #: Those that decide about other settings, too: with_own.
 DECISIVE: dict[str, str] = {
@@ -76,6 +77,7 @@ AS_SAFE: dict[str, Callable[[Any, Settings], bool]] = {
     "broker_pool_limit": lambda value, _: bool(value),
     "result_backend": lambda value, _: isinstance(value, str) and re.split("[:+]", value)[0] not in OF_DEPLOYMENT,
     "result_expires": lambda value, _: value is not None,
+    "result_chord_expires": lambda value, _: True,
     "result_compression": lambda value, _: True,
     "timezone": lambda value, _: True,
     "enable_utc": lambda value, _: bool(value),

@@ -221,7 +221,9 @@ class Settings:
     rate_limits: dict[str, Rate] = field(default_factory=dict)
 
     # --- Results ---
-    result_expires: Seconds = 3600
+    result_expires: Seconds = 86400
+    #: Seconds that a chord waits for its next part.
+    chord_expires: Seconds = 2592000
     result_compression: Literal["none", "gzip", "bzip2"] = "none"
 
     # --- Encryption of bodies and results: `migrate` writes encrypted and still reads plain text. ---

@@ -1,0 +1,111 @@
+"""Crontabs and intervals where clocks are put forward and back: of Celery's own scheduler, RedBeat and django-celery-beat.
+
+A crontab whose hours are `*` runs whenever the clock shows one of its minutes: in a repeated hour again, in a skipped one
+not. One that names hours runs once for each time that it names: at the first of two, and for skipped ones when the gap
+ends. So does Debian's cron (cron(8)). Intervals are real time.
+
+Owns three patches, for defects of Celery 5.7.0 and RedBeat 2.4.2:
+- `crontab.remaining_estimate` (celery/schedules.py) goes on from what the clock shows, so nothing runs in a repeated hour,
+  and may pass over a time just behind a gap.
+- `RedBeatSchedulerEntry.due_at` (redbeat/schedulers.py) adds real seconds to what the clock shows: an hour off.
+- `RedBeatJSONEncoder.default` (redbeat/decoder.py) forgets which of two times with the same name is meant.
+Each can go when the year in the tests passes without it.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from celery import Celery
+from celery.schedules import crontab
+from celery.utils.time import add_seconds_to_datetime
+
+from celery_platform.settings import Settings
+
+MINUTE = timedelta(minutes=1)
+#: How far ahead a change of the clock is looked for: beyond a whole day, so that no day of a crontab lies behind it unseen.
+AHEAD = timedelta(hours=25)
+
+
+def install(app: Celery, settings: Settings) -> None:
+    """Guard the schedules of this process, with RedBeat's if there is a Redis for them."""
+    crontab.remaining_estimate = remaining_estimate
+    if settings.redis_store:
+        guard_redbeat()
+
+
+def remaining_estimate(schedule: crontab, last_run_at: datetime, **_: Any) -> timedelta:
+    """Return the real time from now to the next run, negative if it is overdue; takes the place of Celery's."""
+    return next_run(schedule, last_run_at) - _utc(schedule, schedule.now())
+
+
+def next_run(schedule: crontab, last_run_at: datetime) -> datetime:
+    """Return when a crontab runs after it last ran, in UTC.
+
+    Raises:
+        RuntimeError: if it never does.
+    """
+    last = _utc(schedule, last_run_at)
+    start, delta, _ = schedule.remaining_delta(last)
+    changes = start.fold or start.utcoffset() != (last + AHEAD).astimezone(start.tzinfo).utcoffset()
+    if changes and len(schedule.hour) == 24:
+        shown = last.replace(second=0, microsecond=0)
+        for _ in range(AHEAD // MINUTE):
+            shown += MINUTE
+            if _matches(schedule, shown.astimezone(start.tzinfo)):
+                return shown
+    while (due := _first_moment((start + delta).replace(fold=0))) <= last:
+        # In the second of two equal hours: the first one had it.
+        start, delta, _ = schedule.remaining_delta((start + delta).replace(fold=0))
+    return due
+
+
+def _utc(schedule: crontab, moment: datetime) -> datetime:
+    aware: datetime = schedule.maybe_make_aware(moment)
+    return aware.astimezone(UTC)
+
+
+def _matches(schedule: crontab, shown: datetime) -> bool:
+    return (
+        shown.minute in schedule.minute
+        and shown.hour in schedule.hour
+        and shown.isoweekday() % 7 in schedule.day_of_week
+        and shown.day in schedule.day_of_month
+        and shown.month in schedule.month_of_year
+    )
+
+
+def _first_moment(wanted: datetime) -> datetime:
+    """Return the first moment at which the clock shows a local time or, if that is skipped, a later one; in UTC."""
+    moment = wanted.astimezone(UTC)
+    shown = moment.astimezone(wanted.tzinfo)
+    if shown.replace(tzinfo=None) != wanted.replace(tzinfo=None):
+        while (moment - MINUTE).astimezone(wanted.tzinfo).utcoffset() == shown.utcoffset():
+            moment -= MINUTE
+    return moment
+
+
+def guard_redbeat() -> None:
+    """Let RedBeat's entries be due when their schedules say so."""
+    from redbeat import RedBeatSchedulerEntry
+    from redbeat.decoder import RedBeatJSONEncoder
+
+    def due_at(entry: Any) -> Any:
+        if entry.last_run_at is None:
+            return entry.default_now()
+        left = entry.schedule.remaining_estimate(entry.last_run_at)
+        # None: never again.
+        return None if left is None else add_seconds_to_datetime(entry.default_now(), max(left.total_seconds(), 0))
+
+    encode = RedBeatJSONEncoder.default
+
+    def default(self: Any, value: Any) -> Any:
+        encoded = encode(self, value)
+        if isinstance(value, datetime):
+            # What is read is passed to `datetime` as it is.
+            encoded["fold"] = value.fold
+        return encoded
+
+    RedBeatSchedulerEntry.due_at = property(due_at)
+    RedBeatJSONEncoder.default = default
