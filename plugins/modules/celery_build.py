@@ -43,6 +43,7 @@ path:
   type: str
 """
 
+import fcntl
 import json
 import os
 import platform
@@ -273,16 +274,27 @@ class Release:
 
 
 def build(path: Path, archive: Path, group: str, mode: str, note: str) -> list[str]:
-    """Build a release, and return what should be known of it.
+    """Build a release, unless another process just has, and return what should be known of it.
 
     Raises:
         BuildError: if it cannot be built, or is not what the application wants. Its folder is gone then.
         OSError: if it cannot be written.
     """
     os.umask(0o022)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A run whose controller was killed may go on here.
+    with (path.parent / ".building").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            return [] if (path / ".complete").exists() else _build(path, archive, group, mode, note)
+        finally:
+            archive.unlink(missing_ok=True)
+
+
+def _build(path: Path, archive: Path, group: str, mode: str, note: str) -> list[str]:
     # What an earlier run left that was killed.
     shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(mode=0o700, parents=True)
+    path.mkdir(mode=0o700)
     release = Release(path)
     try:
         release.build(archive)
@@ -293,8 +305,6 @@ def build(path: Path, archive: Path, group: str, mode: str, note: str) -> list[s
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise
-    finally:
-        archive.unlink(missing_ok=True)
     return release.warnings
 
 

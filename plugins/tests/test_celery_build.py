@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -251,3 +253,18 @@ def test_tokens_are_not_in_what_is_told() -> None:
 
     assert "tok3n" not in str(error.value)
     assert "https://example.org/simple" in str(error.value)
+
+
+def test_a_build_of_a_killed_run_that_goes_on_is_waited_for(tmp_path: Path) -> None:
+    release = tmp_path / "releases/one"
+    release.mkdir(parents=True)
+    with (release.parent / ".building").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waits = threading.Thread(target=celery_build.build, args=(release, tmp_path / "no.tar.gz", "root", "0750", ""))
+        waits.start()
+        waits.join(0.5)
+        assert waits.is_alive()
+        (release / ".complete").touch()
+    waits.join(10)
+    assert not waits.is_alive()
+    assert list(release.iterdir()) == [release / ".complete"]

@@ -20,10 +20,10 @@ testinfra_hosts = ["ansible://celery_worker"]
 UNITS = ["celery-beat", "celery-worker@batch", "celery-worker@critical", "celery-worker@default"]
 #: When it is killed: so many seconds after a task has begun.
 MOMENTS = [
-    ("Create the release's folder", 0.5),
-    ("Unpack the release", 0.5),
-    ("Install the application's pinned requirements", 3),
-    ("Install the runtime package beside it", 2),
+    ("Create the folder for releases", 0.5),
+    ("Copy the packed release", 0.5),
+    ("Build the release", 3),
+    ("Build the release", 10),
     ("Write the credentials", 0.5),
     ("Write the environment, the sandbox, log rotation and celery-exec", 1.5),
     ("Write the workers' units", 0.5),

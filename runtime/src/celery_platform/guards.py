@@ -347,7 +347,9 @@ def declare_delays(app: Celery) -> None:
     with app.connection_for_write() as connection:
         connection.ensure_connection(**{name: policy[name] for name in WAITING & policy.keys()})
         try:
-            declare_native_delayed_delivery_exchanges_and_queues(connection, app.conf.broker_native_delayed_delivery_queue_type)
+            # Celery 5.4 has no such setting.
+            queue_type = app.conf.get("broker_native_delayed_delivery_queue_type", "quorum")
+            declare_native_delayed_delivery_exchanges_and_queues(connection, queue_type)
             for queue in app.amqp.queues.values():
                 queue(connection.default_channel).declare()
                 bind_queue_to_native_delayed_delivery_exchange(connection, queue)

@@ -1,18 +1,18 @@
 """What differs between the versions of Celery and kombu that applications may pin: 5.4 to 5.7.
 
-Most of what is guarded elsewhere is in all of them. kombu's transport for Redis is not: redis_transport.PROVEN.
+Most of what is guarded elsewhere is in all of them. kombu's transport for Redis is not the same: redis_transport.PROVEN.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
-from celery import Celery
+from celery import VERSION, Celery
 from celery.app.utils import Settings as CelerySettings
 from kombu.transport import redis
 
-from celery_platform.settings import BadSettings, Settings
+from celery_platform import delays
+from celery_platform.settings import Settings
 
 try:
     from kombu.transport.native_delayed_delivery import (
@@ -25,13 +25,16 @@ try:
         level_name,
     )
 except ImportError:
-    # kombu 5.4: RabbitMQ is refused, so none of these is called.
-    CELERY_DELAYED_DELIVERY_EXCHANGE, MAX_NUMBER_OF_BITS_TO_USE = "celery_delayed_delivery", 28
-    MAX_LEVEL = MAX_NUMBER_OF_BITS_TO_USE - 1
-
-    _none: Any = None
-    bind_queue_to_native_delayed_delivery_exchange = calculate_routing_key = level_name = _none
-    declare_native_delayed_delivery_exchanges_and_queues = _none
+    # kombu 5.4.
+    from celery_platform.delays import (  # type: ignore[assignment]
+        CELERY_DELAYED_DELIVERY_EXCHANGE,
+        MAX_LEVEL,
+        MAX_NUMBER_OF_BITS_TO_USE,
+        bind_queue_to_native_delayed_delivery_exchange,
+        calculate_routing_key,
+        declare_native_delayed_delivery_exchanges_and_queues,
+        level_name,
+    )
 
 __all__ = [
     "CELERY_DELAYED_DELIVERY_EXCHANGE",
@@ -45,22 +48,11 @@ __all__ = [
     "level_name",
 ]
 
-#: The first versions that know quorum queues (celery/utils/quorum_queues.py) and delayed delivery. Earlier workers ask for a
-#: global prefetch limit, which such queues refuse, and hold all tasks with an ETA themselves.
-FOR_RABBITMQ = {"celery": (5, 5), "kombu": (5, 5)}
 
-
-def install(_: Celery, settings: Settings) -> None:
-    """Let all supported versions do what the rest of this package asks of them.
-
-    Raises:
-        BadSettings: if the broker is RabbitMQ, and Celery or kombu is too old for it.
-    """
-    for name, first in FOR_RABBITMQ.items() if settings.uses_rabbitmq else ():
-        found = version(name)
-        if tuple(map(int, found.split(".")[:2])) < first:
-            needed = ".".join(map(str, first))
-            raise BadSettings(f"RabbitMQ as broker needs {name} {needed} or later, and the application pins {found}; allowed: Redis")
+def install(app: Celery, settings: Settings) -> None:
+    """Let all supported versions do what the rest of this package asks of them."""
+    if settings.uses_rabbitmq and (int(VERSION.major), int(VERSION.minor)) < (5, 5):
+        delays.install(app, settings.declare_queues)
     # Before kombu 5.7 (GlobalKeyPrefixMixin), what is not in this list reads and writes keys without the application's prefix.
     commands = redis.GlobalKeyPrefixMixin.PREFIXED_SIMPLE_COMMANDS
     commands += [command for command in ("ZRANGE",) if command not in commands]
