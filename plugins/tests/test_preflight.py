@@ -87,7 +87,7 @@ def told(problems: list[str]) -> list[str]:
             "after a dot",
         ),
         ({"celery_app_settings": {"log_format": "xml"}}, "celery_app_settings has log_format xml", "one of text, json"),
-        ({"celery_app_settings": {"foo": 1}}, "celery_app_settings has foo, which is unknown", "breakers, confirm_replicas"),
+        ({"celery_app_settings": {"foo": 1}}, "celery_app_settings has foo, which is unknown", "breakers, child_start_timeout"),
     ],
 )
 def test_what_the_runtime_refuses_is_said_of_the_roles_variable(tmp_path: Path, main: dict[str, Any], problem: str, allowed: str) -> None:

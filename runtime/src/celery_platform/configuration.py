@@ -29,6 +29,7 @@ FROM_SETTINGS: dict[str, str] = {
     "task_time_limit": "time_limit",
     "worker_prefetch_multiplier": "prefetch_multiplier",
     "worker_max_tasks_per_child": "max_tasks_per_child",
+    "worker_proc_alive_timeout": "child_start_timeout",
     "result_expires": "result_expires",
     "result_chord_expires": "chord_expires",
 }
@@ -47,6 +48,7 @@ AS_SAFE: dict[str, Callable[[Any, Settings], bool]] = {
     "task_time_limit": lambda value, settings: bool(value) and settings.soft_time_limit < value < settings.visibility_timeout,
     "worker_prefetch_multiplier": lambda value, _: bool(value),
     "worker_max_tasks_per_child": lambda value, _: bool(value),
+    "worker_proc_alive_timeout": lambda value, _: bool(value),
     "worker_send_task_events": lambda value, _: True,
     "task_send_sent_event": lambda value, _: True,
     "result_expires": lambda value, _: value is not None,
