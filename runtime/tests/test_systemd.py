@@ -92,6 +92,56 @@ def test_a_worker_is_alive_while_its_loop_turns_and_only_then(systemd_site: tupl
     assert re.search(r"shop.py.* in stick", site.log()), "where it was stuck"
 
 
+SLOW = """
+import os, time
+from celery import Celery, signals
+
+app = Celery("shop")
+
+@app.task(name="work")
+def work():
+    return os.getpid()
+
+@signals.worker_process_init.connect(weak=False)
+def load(**_):
+    # Not the first one.
+    if os.path.exists("child"):
+        time.sleep(float(os.environ["SLOW"]))
+    with open("child", "w") as file:
+        file.write(str(os.getpid()))
+"""
+
+
+def test_children_that_start_slowly_are_waited_for(site: Site, redis_url: str) -> None:
+    """Celery gives them 4 seconds."""
+    site.write(SLOW)
+    site.set(broker_url=f"{redis_url}/0", result_backend=f"{redis_url}/1", max_tasks_per_child="1")
+    site.environment["SLOW"] = "6"
+    with site.worker("--queues=default"):
+        app = site.producer()
+        sent = [app.send_task("work") for _ in range(2)]
+        assert len({task.get(timeout=30) for task in sent}) == 2
+    assert "UP message" not in site.log()
+
+
+@pytest.mark.parametrize("stuck", ["no child comes up", "the child is stopped"])
+def test_a_worker_whose_children_do_not_work_is_not_alive(systemd_site: tuple[Site, Manager], stuck: str) -> None:
+    site, manager = systemd_site
+    site.write(SLOW)
+    site.set(child_start_timeout="2", max_tasks_per_child="1")
+    site.environment["SLOW"] = "60"
+    with site.worker("--queues=default") as worker:
+        child = site.folder / "child"
+        wait_for("a child", lambda: child.exists() and child.read_text())
+        if stuck == "the child is stopped":
+            os.kill(int(child.read_text()), signal.SIGSTOP)
+        site.producer().send_task("work")
+        wait_for("silence", lambda: manager.silent() > 2, seconds=15)
+        assert manager.last("STATUS=Stuck")
+        worker.kill()
+    assert "This worker is stuck: " in site.log()
+
+
 def test_a_worker_without_broker_is_alive(site: Site, tmp_path: Path) -> None:
     site.write(SHOP)
     port = free_port()

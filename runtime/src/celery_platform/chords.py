@@ -32,6 +32,9 @@ REMEMBERED = 12
 
 def install(app: Celery, settings: Settings) -> None:
     """Guard the chords of this process; those of other result backends than Redis are left as they are."""
+    # Celery before 5.7 keeps counters as long as results.
+    if not hasattr(RedisBackend, "chord_expires"):
+        return
     part_return = RedisBackend.on_chord_part_return
 
     @functools.wraps(part_return)

@@ -34,6 +34,7 @@ class Choice(NamedTuple):
 FROM_SETTINGS: dict[str, str] = {
     "worker_prefetch_multiplier": "prefetch_multiplier",
     "worker_max_tasks_per_child": "max_tasks_per_child",
+    "worker_proc_alive_timeout": "child_start_timeout",
     "result_expires": "result_expires",
     "result_chord_expires": "chord_expires",
 }
@@ -72,6 +73,7 @@ AS_SAFE: dict[str, Callable[[Any, Settings], bool]] = {
     "worker_prefetch_multiplier": lambda value, _: bool(value),
     "worker_max_tasks_per_child": lambda value, _: bool(value),
     "worker_max_memory_per_child": lambda value, _: bool(value),
+    "worker_proc_alive_timeout": lambda value, _: bool(value),
     "worker_send_task_events": lambda value, _: True,
     "task_send_sent_event": lambda value, _: True,
     "broker_pool_limit": lambda value, _: bool(value),

@@ -19,7 +19,7 @@ from typing import Any
 
 from celery import Celery
 from celery.schedules import crontab
-from celery.utils.time import add_seconds_to_datetime
+from celery.utils.time import timezone
 
 from celery_platform.settings import Settings
 
@@ -46,14 +46,14 @@ def next_run(schedule: crontab, last_run_at: datetime) -> datetime:
     Raises:
         RuntimeError: if it never does.
     """
-    last = _utc(schedule, last_run_at)
-    start, delta, _ = schedule.remaining_delta(last)
-    changes = start.fold or start.utcoffset() != (last + AHEAD).astimezone(start.tzinfo).utcoffset()
+    last, zone = _utc(schedule, last_run_at), timezone.get_timezone(schedule.tz)
+    start, delta, _ = schedule.remaining_delta(last.astimezone(zone))
+    changes = start.fold or start.utcoffset() != (last + AHEAD).astimezone(zone).utcoffset()
     if changes and len(schedule.hour) == 24:
         shown = last.replace(second=0, microsecond=0)
         for _ in range(AHEAD // MINUTE):
             shown += MINUTE
-            if _matches(schedule, shown.astimezone(start.tzinfo)):
+            if _matches(schedule, shown.astimezone(zone)):
                 return shown
     while (due := _first_moment((start + delta).replace(fold=0))) <= last:
         # In the second of two equal hours: the first one had it.
@@ -96,7 +96,7 @@ def guard_redbeat() -> None:
             return entry.default_now()
         left = entry.schedule.remaining_estimate(entry.last_run_at)
         # None: never again.
-        return None if left is None else add_seconds_to_datetime(entry.default_now(), max(left.total_seconds(), 0))
+        return None if left is None else entry.default_now().astimezone(UTC) + max(left, timedelta())
 
     encode = RedBeatJSONEncoder.default
 

@@ -87,7 +87,7 @@ def begin(path: Path) -> None:
     except OSError as error:
         logger.error("Revokes from before are not known, and those tasks run: %s", error)
         known = []
-    state.merge_revoked([entry for entry in known if isinstance(entry, str)])
+    state.revoked.update([entry for entry in known if isinstance(entry, str)])
     for header, stamp in (entry for entry in known if not isinstance(entry, str)):
         state.revoked_stamps.setdefault(header, []).append(stamp)
 

@@ -205,6 +205,8 @@ class Settings:
     max_runs: Count = 3
     prefetch_multiplier: Count = 1
     max_tasks_per_child: Count = 1000
+    #: Seconds that a worker process may take to start; one that takes longer is killed, and another one is started.
+    child_start_timeout: Seconds = 120
     #: Mebibytes after which a worker process is replaced once its task is done.
     max_memory_per_child: Count | None = None
 

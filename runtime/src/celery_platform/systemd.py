@@ -1,22 +1,27 @@
 """Tells systemd when a service serves, what it does, that it is alive, and when it stops (sd_notify(3)).
 
-A worker is alive while the loop of its consumer turns, or while it looks for its broker. With the solo pool, tasks run
-in that loop: there it is alive while a task runs, too. Beat is alive while its scheduler ticks.
+A worker is alive while the loop of its consumer turns and its pool works, or while it looks for its broker. A pool works
+while a child of it is up, and while no task waits for one that is free. With the solo pool, tasks run in the loop: there a
+worker is alive while a task runs, too. Beat is alive while its scheduler ticks.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import socket
 import sys
 import threading
+import time
 from typing import Any
 
 from celery import Celery, bootsteps, signals
 from celery.worker import state
 
 from celery_platform.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 #: Signs of life in each period of the watchdog, so that one late one does not count (sd_watchdog_enabled(3) advises 2).
 SIGNS_PER_PERIOD = 3
@@ -51,6 +56,47 @@ def stderr_is_journal() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
+class PoolWatch:
+    """Looks whether a worker's pool works."""
+
+    def __init__(self, pool: Any, patience: float) -> None:
+        """Begin with a pool that works.
+
+        Args:
+            pool: The worker's, as its consumer knows it.
+            patience: Seconds for which it may have no child, or leave one without work that waits.
+        """
+        self.pool = pool
+        self.patience = patience
+        self.started = 0
+        self.had_child = self.moved = time.monotonic()
+
+    def slots(self) -> int:
+        """Return how many tasks could run at once now: the children that are up, or the threads."""
+        pool = getattr(self.pool, "_pool", None)
+        children = getattr(pool, "_pool", None)
+        if not isinstance(children, list):
+            return int(self.pool.limit or 1)
+        # Those that have not yet said that they are up (celery/concurrency/asynpool.py); the first ones never are among them.
+        starting = getattr(pool, "_waiting_to_start", ())
+        return sum(child not in starting and child._is_alive() for child in children)
+
+    def trouble(self) -> str:
+        """Return why the pool does not work, or nothing if it does. To be called again and again."""
+        now, slots = time.monotonic(), self.slots()
+        running, started = len(state.active_requests), sum(state.total_count.values())
+        waiting = len(state.reserved_requests) - running
+        if slots or state.should_stop is not None or state.should_terminate is not None:
+            self.had_child = now
+        if started != self.started or waiting <= 0 or running >= slots:
+            self.moved, self.started = now, started
+        if now - self.had_child > self.patience:
+            return f"no child of it has come up for {now - self.had_child:.0f} s"
+        if now - self.moved > self.patience:
+            return f"{waiting} tasks wait for {now - self.moved:.0f} s, with {slots - running} of {slots} children or threads free"
+        return ""
+
+
 class SignsOfLife(bootsteps.StartStopStep):  # type: ignore[misc]
     """Part of a worker's consumer: started when it has a broker, stopped when it loses it."""
 
@@ -61,6 +107,8 @@ class SignsOfLife(bootsteps.StartStopStep):  # type: ignore[misc]
         super().__init__(consumer)
         self.queues = ", ".join(sorted(consumer.app.amqp.queues.consume_from))
         self.solo = consumer.pool is not None and "solo" in type(consumer.pool).__module__
+        self.watch: PoolWatch | None = None
+        self.stuck = False
         self.consuming = False
         self.timer: Any = None
         self.interval = watchdog_interval()
@@ -72,6 +120,8 @@ class SignsOfLife(bootsteps.StartStopStep):  # type: ignore[misc]
     def start(self, consumer: Any) -> None:
         """Give a sign of life from the consumer's loop, again and again."""
         self.consuming = True
+        if consumer.pool is not None and not self.solo:
+            self.watch = PoolWatch(consumer.pool, consumer.app.conf.worker_proc_alive_timeout)
         self.timer = consumer.timer.call_repeatedly(self.interval or 10.0, self._sign)
         self._sign()
 
@@ -85,6 +135,14 @@ class SignsOfLife(bootsteps.StartStopStep):  # type: ignore[misc]
             notify("STATUS=Looking for the broker")
 
     def _sign(self) -> None:
+        trouble = self.watch.trouble() if self.watch else ""
+        if trouble:
+            if not self.stuck:
+                logger.error("This worker is stuck: %s", trouble)
+            notify(f"STATUS=Stuck: {trouble}")
+        self.stuck = bool(trouble)
+        if self.stuck:
+            return
         done = sum(state.total_count.values()) - len(state.active_requests)
         notify(f"WATCHDOG=1\nSTATUS=Consuming {self.queues}; {len(state.active_requests)} tasks running, {done} done")
 
