@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from celery import Celery, current_app
 from celery.beat import PersistentScheduler, Scheduler
-from celery.schedules import crontab
+from celery.schedules import crontab, schedule
 from clock import Clock
 from redbeat import RedBeatScheduler, RedBeatSchedulerEntry
 from redbeat.decoder import RedBeatJSONEncoder
@@ -86,7 +86,12 @@ def expected(zone: Zone) -> dict[str, list[datetime]]:
 @pytest.fixture(autouse=True)
 def guarded(environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Guard this process for a test."""
-    for owner, name in [(crontab, "remaining_estimate"), (RedBeatSchedulerEntry, "due_at"), (RedBeatJSONEncoder, "default")]:
+    for owner, name in [
+        (crontab, "remaining_estimate"),
+        (schedule, "remaining_estimate"),
+        (RedBeatSchedulerEntry, "due_at"),
+        (RedBeatJSONEncoder, "default"),
+    ]:
         monkeypatch.setattr(owner, name, vars(owner)[name])
     environment()
     daylight_saving.install(Celery(set_as_current=False), load_settings())

@@ -4,7 +4,8 @@ A crontab whose hours are `*` runs whenever the clock shows one of its minutes: 
 not. One that names hours runs once for each time that it names: at the first of two, and for skipped ones when the gap
 ends. So does Debian's cron (cron(8)). Intervals are real time.
 
-Owns three patches, for defects of Celery 5.7.0 and RedBeat 2.4.2:
+Owns four patches, for defects of Celery up to 5.7.0 and RedBeat 2.4.2:
+- `schedule.remaining_estimate` (celery/schedules.py, before 5.7) adds real seconds to what the clock shows: an hour off.
 - `crontab.remaining_estimate` (celery/schedules.py) goes on from what the clock shows, so nothing runs in a repeated hour,
   and may pass over a time just behind a gap.
 - `RedBeatSchedulerEntry.due_at` (redbeat/schedulers.py) adds real seconds to what the clock shows: an hour off.
@@ -14,11 +15,13 @@ Each can go when the year in the tests passes without it.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from celery import Celery
-from celery.schedules import crontab
+from celery.schedules import crontab, schedule
 from celery.utils.time import timezone
 
 from celery_platform.settings import Settings
@@ -31,48 +34,62 @@ AHEAD = timedelta(hours=25)
 def install(app: Celery, settings: Settings) -> None:
     """Guard the schedules of this process, with RedBeat's if there is a Redis for them."""
     crontab.remaining_estimate = remaining_estimate
+    schedule.remaining_estimate = _steady(schedule.remaining_estimate)
     if settings.redis_store:
         guard_redbeat()
 
 
-def remaining_estimate(schedule: crontab, last_run_at: datetime, **_: Any) -> timedelta:
+def remaining_estimate(entry: crontab, last_run_at: datetime, **_: Any) -> timedelta:
     """Return the real time from now to the next run, negative if it is overdue; takes the place of Celery's."""
-    return next_run(schedule, last_run_at) - _utc(schedule, schedule.now())
+    return next_run(entry, last_run_at) - _utc(entry, entry.now())
 
 
-def next_run(schedule: crontab, last_run_at: datetime) -> datetime:
+def _steady(remaining: Callable[..., timedelta]) -> Callable[..., timedelta]:
+    """Return how an interval tells the real time to its next run; one that is rounded to the clock is left as it is."""
+
+    @functools.wraps(remaining)
+    def steady(interval: schedule, last_run_at: datetime) -> timedelta:
+        if interval.relative:
+            return remaining(interval, last_run_at)
+        due: datetime = _utc(interval, last_run_at) + interval.run_every
+        return due - _utc(interval, interval.now())
+
+    return steady
+
+
+def next_run(entry: crontab, last_run_at: datetime) -> datetime:
     """Return when a crontab runs after it last ran, in UTC.
 
     Raises:
         RuntimeError: if it never does.
     """
-    last, zone = _utc(schedule, last_run_at), timezone.get_timezone(schedule.tz)
-    start, delta, _ = schedule.remaining_delta(last.astimezone(zone))
+    last, zone = _utc(entry, last_run_at), timezone.get_timezone(entry.tz)
+    start, delta, _ = entry.remaining_delta(last.astimezone(zone))
     changes = start.fold or start.utcoffset() != (last + AHEAD).astimezone(zone).utcoffset()
-    if changes and len(schedule.hour) == 24:
+    if changes and len(entry.hour) == 24:
         shown = last.replace(second=0, microsecond=0)
         for _ in range(AHEAD // MINUTE):
             shown += MINUTE
-            if _matches(schedule, shown.astimezone(zone)):
+            if _matches(entry, shown.astimezone(zone)):
                 return shown
     while (due := _first_moment((start + delta).replace(fold=0))) <= last:
         # In the second of two equal hours: the first one had it.
-        start, delta, _ = schedule.remaining_delta((start + delta).replace(fold=0))
+        start, delta, _ = entry.remaining_delta((start + delta).replace(fold=0))
     return due
 
 
-def _utc(schedule: crontab, moment: datetime) -> datetime:
-    aware: datetime = schedule.maybe_make_aware(moment)
+def _utc(entry: Any, moment: datetime) -> datetime:
+    aware: datetime = entry.maybe_make_aware(moment)
     return aware.astimezone(UTC)
 
 
-def _matches(schedule: crontab, shown: datetime) -> bool:
+def _matches(entry: crontab, shown: datetime) -> bool:
     return (
-        shown.minute in schedule.minute
-        and shown.hour in schedule.hour
-        and shown.isoweekday() % 7 in schedule.day_of_week
-        and shown.day in schedule.day_of_month
-        and shown.month in schedule.month_of_year
+        shown.minute in entry.minute
+        and shown.hour in entry.hour
+        and shown.isoweekday() % 7 in entry.day_of_week
+        and shown.day in entry.day_of_month
+        and shown.month in entry.month_of_year
     )
 
 
