@@ -104,7 +104,7 @@ def apply(app: Celery, settings: Settings) -> list[Choice]:
             if name in AS_SAFE:
                 logger.warning("%s of the application is overruled: it is less safe than %r (%s… can set it)", name, value, PREFIX)
             choices.append(Choice(name, value, "default"))
-    app.conf.update({choice.name: choice.value for choice in choices})
+    versions.put(app, {choice.name: choice.value for choice in choices})
     # An application that used its result backend while it was imported holds one made from its own settings.
     app._backend_cache = None
     vars(app._local).pop("backend", None)
