@@ -24,7 +24,8 @@ SHOP = """
 import time
 from celery import Celery
 app = Celery("shop", set_as_current=True)
-app.conf.update(accept_content=["pickle"])
+# As Django projects do.
+app.config_from_object({"CELERY_ACCEPT_CONTENT": ["pickle"]}, namespace="CELERY")
 
 @app.task
 def add(a, b):

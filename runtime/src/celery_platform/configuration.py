@@ -174,7 +174,7 @@ def apply(app: Celery, settings: Settings) -> list[Choice]:
     choices = [_choice(name, value, own_value(app, name), folded, wrong) for name, value in ours.items()]
     if any(choice.name == "result_backend" and choice.source == "application" for choice in choices):
         choices = [choice for choice in choices if choice.name != "task_ignore_result" or choice.source == "application"]
-    app.conf.update({choice.name: choice.value for choice in choices})
+    versions.put(app, {choice.name: choice.value for choice in choices})
     # An application that used its result backend while it was imported holds one made from its own settings.
     app._backend_cache = None
     vars(app._local).pop("backend", None)

@@ -43,6 +43,7 @@ from kombu.pidbox import Node
 from kombu.utils import json
 from kombu.utils.encoding import str_to_bytes
 
+from celery_platform import versions
 from celery_platform.settings import KEY_SIZE, MASK, PREFIX, Settings, keys_in
 
 logger = logging.getLogger(__name__)
@@ -145,9 +146,9 @@ def _register(ring: KeyRing, settings: Settings) -> None:
 
 def _use_serializer(app: Celery, settings: Settings) -> None:
     accepted = [NAME] if settings.encryption == "on" else [NAME, "json"]
-    app.conf.update(accept_content=accepted, result_accept_content=accepted, result_serializer=NAME)
+    versions.put(app, {"accept_content": accepted, "result_accept_content": accepted, "result_serializer": NAME})
     if settings.encryption != "off":
-        app.conf.task_serializer = NAME
+        versions.put(app, {"task_serializer": NAME})
     # Celery has no settings of their own for remote control, it takes those of tasks; monitors have no keys.
     app.control.mailbox.accept = ["json"]
     app.control.mailbox.serializer = "json"

@@ -46,6 +46,7 @@ __all__ = [
     "install",
     "is_set",
     "level_name",
+    "put",
 ]
 
 
@@ -67,3 +68,14 @@ def is_set(app: Celery, name: str) -> bool:
     _ = app.conf["task_acks_late"]
     conf: Any = app.conf
     return name in CelerySettings({}, conf.maps[:-1], conf._keys, conf.prefix)
+
+
+def put(app: Celery, values: dict[str, Any]) -> None:
+    """Put settings of Celery, by their new names, over all that an application sets.
+
+    Before 5.7, one that an application sets with a namespace (`CELERY_ACCEPT_CONTENT`, as Django projects do) wins over one without.
+    """
+    app.conf.update(values)
+    conf: Any = app.conf
+    if conf.prefix:
+        conf.update({conf._to_keys(name)[0]: value for name, value in values.items()})
