@@ -89,7 +89,7 @@ class Site:
         packed = celery_release.pack(celery_release.contents(self.source, lines, self.runtime, files, **options))  # type: ignore[arg-type]
         archive = self.folder / "release.tar.gz"
         archive.write_bytes(packed)
-        self.release = self.folder / "releases/one"
+        self.release = self.folder / "releases" / hashlib.sha256(packed).hexdigest()[:12]
         try:
             return celery_build.build(self.release, archive, "root", "0750", "git+https://robot:tok3n@example.org/shop@v1")
         finally:

@@ -182,6 +182,9 @@ def test_it_tells_what_happens(sites: tuple[Site, Site]) -> None:
         assert (told["celery_broker_up",], told["celery_worker_up", "default@here"], told["celery_worker_up", "gone@here"]) == (1, 0, 0)
         begun = told["celery_queue_last_success_timestamp_seconds", "default"]
         producer = shop.producer()
+        with producer.events.default_dispatcher() as dispatcher:
+            # Events before its subscription reach nobody.
+            wait_for("an event", lambda: dispatcher.send("greeting") or metrics.scrape()["celery_exporter_events_total",])
         for priority in (0, 0, 5):
             producer.send_task("works", queue="mail", priority=priority)
         producer.send_task("works", (3,), countdown=1)

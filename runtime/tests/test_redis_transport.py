@@ -689,6 +689,7 @@ def test_urls_of_redis_mean_the_transport_that_the_settings_name(shop: Site, set
 def test_an_unknown_kombu_is_refused_with_the_way_back(shop: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in shop.environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CELERY_PLATFORM_REDIS_TRANSPORT", "atomic")
     monkeypatch.setattr(redis_transport, "version", lambda _: "5.99.0")
     with pytest.raises(BadSettings, match=r"CELERY_PLATFORM_REDIS_TRANSPORT is atomic; allowed: kombu, since .* this is 5\.99\.0"):
         redis_transport.install(shop.producer(), load_settings())

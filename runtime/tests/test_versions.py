@@ -131,7 +131,7 @@ def test_all_that_a_user_does(
 
 
 def settings(url: str, **more: str) -> Settings:
-    return Settings(application="shop:app", broker_url=url, **more)
+    return Settings(application="shop:app", broker_url=url, **more, given=frozenset(more))
 
 
 def test_the_transport_for_redis_is_kombus_own_where_ours_is_not_proven(
