@@ -254,6 +254,21 @@ class Result(NamedTuple):
 Judge = Callable[..., Result]
 
 
+class Mistake(NamedTuple):
+    """Settings with one mistake, the variable that it is told of, and words of what is told and of what is allowed."""
+
+    settings: dict[str, Any]
+    variable: str
+    what: str
+    allowed: str
+
+
+def together(mistakes: list[Mistake]) -> dict[str, Any]:
+    """Return the settings of several mistakes, for one run: it takes seconds."""
+    assert len({name for mistake in mistakes for name in mistake.settings}) == sum(len(mistake.settings) for mistake in mistakes)
+    return {name: value for mistake in mistakes for name, value in mistake.settings.items()}
+
+
 @pytest.fixture
 def judge(tmp_path: Path) -> Judge:
     """Return a function that runs the playbook against an inventory; whatever happens, no secret may be shown."""
@@ -314,100 +329,89 @@ def test_good_settings_pass(judge: Judge) -> None:
     assert result.message == ""
 
 
-@pytest.mark.parametrize(
-    ("settings", "variable", "what", "allowed"),
-    [
-        pytest.param({"redis_bindd": []}, "redis_bindd", "is not a variable of this project", "redis_bind, perhaps", id="misspelt"),
-        pytest.param({"redis_port": "abc"}, "redis_port", "is no whole number", "1 to 65535", id="port no number"),
-        pytest.param(
+WRONG = {
+    "names, texts and numbers": [
+        Mistake({"redis_bindd": []}, "redis_bindd", "is not a variable of this project", "redis_bind, perhaps"),
+        Mistake({"redis_port": "abc"}, "redis_port", "is no whole number", "1 to 65535"),
+        Mistake(
             {"celery_app_timezone": "UTC\nX=1"},
             "celery_app_timezone",
             "holds a line break or another control character",
             "text of one line",
-            id="two lines",
         ),
-        pytest.param(
+        Mistake(
             {"celery_app_environment": {"DEBUG": False, "WORKERS": 8, "LEVEL": "8"}},
             "celery_app_environment",
             'has ["DEBUG", "WORKERS"]',
             'text, in quotes where it looks like something else ("8", "false"): of no, 0644 and 1.10, YAML hands on false, 420 and 1.1',
-            id="variables that are no text",
         ),
-        pytest.param(
-            {"celery_app_environment": {"A": "a\tb\r\n\x1b", "B": "a\0"}},
-            "celery_app_environment",
-            'has ["B"]',
-            "text of any characters but NUL and what is none in Unicode (half of a pair), since systemd takes no others",
-            id="a variable with NUL",
-        ),
-        pytest.param(
+        Mistake(
             {"redis_users": [*SETTINGS["redis_users"], {"name": "a", "password": GOOD_SECRET[::2] * 2, "prefix": "a*:"}]},
             "redis_users",
             'has ["a*:"]',
             "prefixes without blanks and without * ? [ ] ^ ( ) and \\, which stand for other keys in Redis's rules",
-            id="prefix that is a pattern",
         ),
-        pytest.param(
+        Mistake(
             {"redis_settings": {"proc-title-template": '{title} "x'}},
             "redis_settings",
             'has ["proc-title-template"]',
             "names and values as redis.conf has them: words, those with blanks in double quotes",
-            id="quotes that are not closed",
         ),
-        pytest.param({"redis_port": 99999}, "redis_port", "is 99999", "a number from 1 to 65535", id="port too high"),
-        pytest.param(
+        Mistake(
             {"celery_app_queues": ["critical", "default", "orphan"]},
             "celery_app_queues",
             '"orphan"',
             "queues that a worker of some host consumes (celery_worker_list)",
-            id="queue without worker",
         ),
-        pytest.param(
-            {"celery_worker_list": [CRITICAL | {"concurrency": 0}, DEFAULT]},
-            "celery_worker_list",
-            "has [0]",
-            "a concurrency of 1 or more",
-            id="concurrency 0",
-        ),
-        pytest.param(
+        Mistake(
             {"celery_worker_list": [CRITICAL, DEFAULT | {"name": "critical"}]},
             "celery_worker_list",
             'has ["critical", "critical"]',
             "workers with different names",
-            id="two workers of one name",
         ),
-        pytest.param(
-            {"celery_app_soft_time_limit": 901},
-            "celery_app_soft_time_limit",
-            "is 901",
-            "less than celery_app_time_limit, 900",
-            id="soft limit above hard limit",
-        ),
-        pytest.param(
-            {"celery_worker_list": [CRITICAL | {"soft_time_limit": 900}, DEFAULT | {"time_limit": 600}, DEFAULT | {"name": "fine"}]},
-            "celery_worker_list",
-            'has "critical,default"',
-            "workers whose soft limit is below their hard one",
-            id="soft limit of a worker above its hard limit",
-        ),
-        pytest.param(
+        Mistake({"celery_app_soft_time_limit": 901}, "celery_app_soft_time_limit", "is 901", "less than celery_app_time_limit, 900"),
+        Mistake(
             {"celery_app_routes": {"orders.*": {"queue": "nowhere"}}},
             "celery_app_routes",
             "sends orders.* to nowhere",
             "one of celery_app_queues, critical, default",
-            id="route to unknown queue",
         ),
     ],
-)
-def test_a_wrong_setting_stops_the_run(judge: Judge, settings: dict[str, Any], variable: str, what: str, allowed: str) -> None:
-    result = judge(settings)
+    "other values": [
+        Mistake(
+            {"celery_app_environment": {"A": "a\tb\r\n\x1b", "B": "a\0"}},
+            "celery_app_environment",
+            'has ["B"]',
+            "text of any characters but NUL and what is none in Unicode (half of a pair), since systemd takes no others",
+        ),
+        Mistake({"redis_port": 99999}, "redis_port", "is 99999", "a number from 1 to 65535"),
+        Mistake(
+            {"celery_worker_list": [CRITICAL | {"concurrency": 0}, DEFAULT]}, "celery_worker_list", "has [0]", "a concurrency of 1 or more"
+        ),
+    ],
+    "limits of workers": [
+        Mistake(
+            {"celery_worker_list": [CRITICAL | {"soft_time_limit": 900}, DEFAULT | {"time_limit": 600}, DEFAULT | {"name": "fine"}]},
+            "celery_worker_list",
+            'has "critical,default"',
+            "workers whose soft limit is below their hard one",
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize("mistakes", WRONG.values(), ids=WRONG)
+def test_wrong_settings_stop_the_run(judge: Judge, mistakes: list[Mistake]) -> None:
+    result = judge(together(mistakes))
 
     assert result.code != 0
-    assert "1 setting is wrong; nothing was changed on any host." in result.message
-    problem = result.about(variable)
-    assert what in problem.what
-    assert problem.file == MAIN
-    assert allowed in problem.allowed
+    told = "1 setting is" if len(mistakes) == 1 else f"{len(mistakes)} settings are"
+    assert f"{told} wrong; nothing was changed on any host." in result.message
+    for mistake in mistakes:
+        problem = result.about(mistake.variable)
+        assert mistake.what in problem.what
+        assert problem.file == MAIN
+        assert mistake.allowed in problem.allowed
 
 
 @pytest.mark.parametrize(
@@ -618,38 +622,42 @@ def test_a_site_with_a_host_for_monitoring_passes(judge: Judge, monitoring: str)
     assert result.code == 0, result.output
 
 
+UNMEASURED = [
+    Mistake({"redis_users": MONITORED["redis_users"][:2]}, "redis_users", '"monitoring"]', "purpose: exporter"),
+    Mistake({"exporters_redis_port": 9100}, "exporters_node_port", "9100", "a port of its own"),
+    Mistake({"prometheus_scrape_interval": 90}, "prometheus_scrape_interval", "is 90", "5 to 60"),
+    Mistake({"prometheus_retention_size": "10"}, "prometheus_retention_size", "10", "MB, GB"),
+    Mistake({"alertmanager_repeat_ticket": 200}, "alertmanager_repeat_ticket", "200", "96"),
+]
+
+
+def test_monitoring_that_cannot_work_stops_the_run(judge: Judge) -> None:
+    result = judge(MONITORED | together(UNMEASURED), monitoring_hosts=("one",), pki_hosts=())
+
+    assert result.code != 0
+    for mistake in UNMEASURED:
+        problem = result.about(mistake.variable)
+        assert mistake.what in problem.what
+        assert problem.file == MAIN
+        assert mistake.allowed in problem.allowed
+
+
 @pytest.mark.parametrize(
-    ("settings", "hosts", "pki", "variable", "what", "file", "allowed"),
+    ("hosts", "pki", "variable", "what", "allowed"),
     [
-        pytest.param({}, ("one", "two"), ("one", "two"), "group monitoring", '["one", "two"]', HOSTS, "one host, since", id="two"),
-        pytest.param({}, ("two",), ("one",), "exporters_tls", "no certificate for two", HOSTS, "group pki", id="no certificate"),
-        pytest.param(
-            {"redis_users": MONITORED["redis_users"][:2]},
-            ("one",),
-            (),
-            "redis_users",
-            '"monitoring"]',
-            MAIN,
-            "purpose: exporter",
-            id="no user",
-        ),
-        pytest.param(
-            {"exporters_redis_port": 9100}, ("one",), (), "exporters_node_port", "9100", MAIN, "a port of its own", id="one port twice"
-        ),
-        pytest.param({"prometheus_scrape_interval": 90}, ("one",), (), "prometheus_scrape_interval", "is 90", MAIN, "5 to 60", id="slow"),
-        pytest.param({"prometheus_retention_size": "10"}, ("one",), (), "prometheus_retention_size", "10", MAIN, "MB, GB", id="no unit"),
-        pytest.param({"alertmanager_repeat_ticket": 200}, ("one",), (), "alertmanager_repeat_ticket", "200", MAIN, "96", id="forgotten"),
+        pytest.param(("one", "two"), ("one", "two"), "group monitoring", '["one", "two"]', "one host, since", id="two"),
+        pytest.param(("two",), ("one",), "exporters_tls", "no certificate for two", "group pki", id="no certificate"),
     ],
 )
-def test_monitoring_that_cannot_work_stops_the_run(
-    judge: Judge, settings: dict[str, Any], hosts: tuple[str, ...], pki: tuple[str, ...], variable: str, what: str, file: str, allowed: str
+def test_hosts_that_cannot_monitor_stop_the_run(
+    judge: Judge, hosts: tuple[str, ...], pki: tuple[str, ...], variable: str, what: str, allowed: str
 ) -> None:
-    result = judge(MONITORED | settings, monitoring_hosts=hosts, pki_hosts=pki)
+    result = judge(MONITORED, monitoring_hosts=hosts, pki_hosts=pki)
 
     assert result.code != 0
     problem = result.about(variable)
     assert what in problem.what
-    assert problem.file == file
+    assert problem.file == HOSTS
     assert allowed in problem.allowed
 
 
@@ -667,48 +675,48 @@ def test_a_site_with_flower_alone_passes(judge: Judge, flower: str, settings: di
     assert result.code == 0, result.output
 
 
-@pytest.mark.parametrize(
-    ("settings", "variable", "what", "allowed"),
-    [
-        pytest.param({"monitoring_proxy_users": []}, "monitoring_proxy_users", "is empty", "at least one person", id="nobody"),
-        pytest.param(
+UNUSABLE = {
+    "nobody may use it": [
+        Mistake({"monitoring_proxy_users": []}, "monitoring_proxy_users", "is empty", "at least one person"),
+    ],
+    "names, ports and options": [
+        Mistake(
             {"monitoring_proxy_users": [MONITORED["monitoring_proxy_users"][0] | {"name": "a:b"}]},
             "monitoring_proxy_users",
             'has ["a:b"]',
             "names of letters",
-            id="name with a colon",
         ),
-        pytest.param(
+        Mistake({"monitoring_proxy_port": 0}, "monitoring_proxy_port", "is 0", "1 to 65535"),
+        Mistake({"celery_flower_users": []}, "celery_flower_users", "is empty", "would let everyone in"),
+        Mistake({"celery_flower_options": {"read_only": False}}, "celery_flower_options", 'has ["read_only"]', "no variable"),
+        Mistake({"celery_monitor_user": "orders"}, "celery_monitor_user", '"orders"', "purpose monitoring in redis_users"),
+    ],
+    "plain text": [
+        Mistake(
             {"monitoring_proxy_users": MONITORED["monitoring_proxy_users"] * 2},
             "monitoring_proxy_users",
             'has ["operator", "operator"]',
             "different names",
-            id="one name twice",
         ),
-        pytest.param({"monitoring_proxy_port": 0}, "monitoring_proxy_port", "is 0", "1 to 65535", id="port"),
-        pytest.param(
-            {"monitoring_proxy_tls": False, "monitoring_proxy_bind": ["*"]}, "monitoring_proxy_bind", 'has ["*"]', "without TLS", id="plain"
-        ),
-        pytest.param({"celery_flower_users": []}, "celery_flower_users", "is empty", "would let everyone in", id="Flower of everyone"),
-        pytest.param(
-            {"celery_flower_options": {"read_only": False}}, "celery_flower_options", 'has ["read_only"]', "no variable", id="option"
-        ),
-        pytest.param({"celery_monitor_user": "orders"}, "celery_monitor_user", '"orders"', "purpose monitoring in redis_users", id="user"),
-        pytest.param(
+        Mistake({"monitoring_proxy_tls": False, "monitoring_proxy_bind": ["*"]}, "monitoring_proxy_bind", 'has ["*"]', "without TLS"),
+        Mistake(
             {"celery_monitor_broker_url": "redis://monitoring:x@one/0"},
             "celery_monitor_broker_url",
             "is 'redis://monitoring:********@one/0'",
             "must hold no password",
-            id="password in the URL",
         ),
     ],
-)
-def test_flower_that_cannot_work_stops_the_run(judge: Judge, settings: dict[str, Any], variable: str, what: str, allowed: str) -> None:
-    result = judge(MONITORED | settings, flower_hosts=("one",))
+}
+
+
+@pytest.mark.parametrize("mistakes", UNUSABLE.values(), ids=UNUSABLE)
+def test_flower_that_cannot_work_stops_the_run(judge: Judge, mistakes: list[Mistake]) -> None:
+    result = judge(MONITORED | together(mistakes), flower_hosts=("one",))
 
     assert result.code != 0
-    found = [problem for problem in result.problems if problem.what.startswith(variable) and allowed in problem.allowed]
-    assert [what in problem.what for problem in found] == [True], result.message
+    for mistake in mistakes:
+        found = [problem for problem in result.problems if problem.what.startswith(mistake.variable) and mistake.allowed in problem.allowed]
+        assert [mistake.what in problem.what for problem in found] == [True], result.message
 
 
 def test_a_proxy_with_tls_needs_a_certificate(judge: Judge) -> None:
