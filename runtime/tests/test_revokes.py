@@ -59,3 +59,8 @@ def test_what_is_kept_is_bounded_and_may_be_damaged(tmp_path: Path, monkeypatch:
     Revokes(path).keep(["4"])
     assert Revokes(path).load() == ["3", ["order", 7], "4"]
     assert path.read_text() == '"3"\n["order", 7]\n"4"\n'
+    revokes = Revokes(path)
+    for number in range(20):
+        revokes.keep([str(number), "x" * 600])
+        assert len(path.read_text().splitlines()) <= 7
+    assert revokes.load() == ["17", "18", "19"]

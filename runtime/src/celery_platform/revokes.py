@@ -29,11 +29,19 @@ from celery_platform.settings import Settings
 logger = logging.getLogger(__name__)
 
 
+#: Characters of a revoke that is kept. Ids of tasks have 255 at most, as the AMQP property correlation_id (a short string) has.
+LONGEST = 512
+
+
 class Revokes:
-    """A file with a revoke a line, in JSON: the id of a task, or a header and the stamp in it, `["order", "7"]`."""
+    """A file with a revoke a line, in JSON: the id of a task, or a header and the stamp in it, `["order", "7"]`.
+
+    It has at most twice as many lines as a worker remembers revokes (REVOKES_MAX), each of LONGEST characters.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.added = 0
 
     def load(self) -> list[Any]:
         """Return what is revoked, the oldest first, and leave in the file no more than a worker remembers (REVOKES_MAX).
@@ -51,15 +59,20 @@ class Revokes:
         return [_entry(line) for line in lines]
 
     def keep(self, entries: Iterable[Any]) -> None:
-        """Add revokes to the file, and see that they are on the disk.
+        """Add revokes to the file, and see that they are on the disk; those that are too long are left out.
 
         Raises:
             OSError: if that fails.
         """
+        lines = [line for line in map(json.dumps, entries) if len(line) <= LONGEST]
         with self.path.open("a") as file:
-            file.write("".join(f"{json.dumps(entry)}\n" for entry in entries))
+            file.write("".join(f"{line}\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
+        self.added += len(lines)
+        if self.added > state.REVOKES_MAX:
+            self.load()
+            self.added = 0
 
 
 def _entry(line: str) -> Any:
