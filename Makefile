@@ -98,7 +98,6 @@ molecule: $(VENV)/test ## The quickstart on Debian 12, the lab of several hosts 
 test-all: export TEST_ALL := yes
 test-all: lint unit ## All tests, on both releases; hours
 	$(call packages,$(BROWSER))
-	$(BIN)/pytest -q --capture=no runtime/tests/test_versions.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" molecule/run quickstart:bookworm quickstart:trixie lab:trixie lab:bookworm
 
 DRILLS := molecule/lab/inventory
