@@ -14,6 +14,8 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.template import trust_as_template
 
+#: Templates that those of any role may include.
+SHARED_TEMPLATES = Path(__file__).resolve().parents[2] / "roles/common/templates"
 #: Delimiters of a template for files in which curly brackets have a meaning of their own, as Jinja names them.
 ANGLE = {
     "variable_start_string": "<<",
@@ -132,7 +134,7 @@ class ActionModule(ActionBase):
         found = Path(self._find_needle("templates", entry["template"]))
         # As ansible.builtin.template looks for what a template includes.
         bases = [str(found.parent), *self._variables.get("ansible_search_path", [])]
-        paths = [folder for base in bases for folder in (f"{base}/templates", base)]
+        paths = [*(folder for base in bases for folder in (f"{base}/templates", base)), str(SHARED_TEMPLATES)]
         templar = self._templar.copy_with_new_env(searchpath=paths, available_variables={**self._variables, **entry["vars"]})
         overrides = {"trim_blocks": True} | (ANGLE if entry["delimiters"] == "angle" else {})
         text = trust_as_template(self._loader.get_text_file_contents(str(found)))
