@@ -224,7 +224,7 @@ class Changes:
         if not os.path.isdir(folder):
             self._make_parents(folder)
             os.mkdir(folder, 0o755)
-            os.chmod(folder, 0o755)
+            os.chmod(folder, 0o755)  # noqa: S103 Debian's own mode for folders, whatever the umask
 
     def _tell(self, entry: dict[str, Any], before: str, after: str) -> None:
         if not entry["secret"]:
