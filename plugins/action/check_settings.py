@@ -72,7 +72,7 @@ def role_options(role: str) -> dict[str, Any]:
     path = ROLES / role / "meta" / "argument_specs.yml"
     if not path.exists():
         return {}
-    options = yaml.safe_load(path.read_text())["argument_specs"]["main"].get("options", {})
+    options = yaml.load(path.read_text(), Loader=yaml.CSafeLoader)["argument_specs"]["main"].get("options", {})
     return dict(options)
 
 
@@ -225,7 +225,10 @@ def shown(path: Path) -> str:
 
 
 class ActionModule(ActionBase):
-    """Arguments: `role`; of a service of the runtime package `runtime_settings` and `runtime_secrets`; and `rules`.
+    """Arguments: `roles`, which are judged one after the other by their meta/rules.yml; or one role, and `rules` in place of its own.
+
+    That file has `rules`, `warnings`, `probes` (for the action `probe_roles`, whose result is the variable `site_probe`), and of
+    a service of the runtime package `runtime_settings` and `runtime_secrets`.
 
     `runtime_settings` names variables that hold settings of the runtime package by name, the last one winning, and
     `runtime_secrets` one that holds its credentials. Each value is the role's variable that its template names first.
@@ -238,6 +241,8 @@ class ActionModule(ActionBase):
     - `found` (optional): an expression for what is wrong. Numbers, words and yes or no are shown without it; lists
       and dicts never are, since they may hold secrets.
     - `file` (optional): the file to edit, if it is not the one that sets the variable; or "none, ", and what it is.
+
+    `warnings` have a condition, `that`, and a `text` for the operator if it does not hold.
 
     With the variable `check_settings_collect` true (as playbooks/preflight.yml sets it) problems are
     added to the fact `settings_problems`, for one common message; otherwise they fail the task.
@@ -252,24 +257,30 @@ class ActionModule(ActionBase):
         result: dict[str, Any] = super().run(tmp, task_vars)
         self._vars = task_vars or {}
         self._names: dict[str, set[str]] = {}
-        role = self._task.args["role"]
-        if not role_options(role):
-            raise AnsibleError(f"check_settings: no argument specs for a role {role!r} in {ROLES}")
+        roles = self._task.args["roles"]
+        if unknown := [role for role in roles if not (ROLES / role / "meta" / "rules.yml").exists()]:
+            raise AnsibleError(f"check_settings: {', '.join(unknown)} have no meta/rules.yml in {ROLES}")
 
-        earlier = self._vars["ansible_facts"].get("settings_problems", [])
         # Variables that are reported as missing or of the wrong type: what depends on them cannot be judged.
-        self._unfit = set(self._vars["ansible_facts"].get("settings_unfit", []))
+        self._unfit: set[str] = set()
         # Those that break a rule: what the runtime package is given of them (a port in a URL) is wrong for no reason of its own.
-        self._wrong = set(self._vars["ansible_facts"].get("settings_wrong", []))
-        problems = list(dict.fromkeys(self._problems(role)))
+        self._wrong: set[str] = set()
+        self._warnings: list[str] = []
+        self._probe = self._vars.get("site_probe", {})
+        problems = list(dict.fromkeys([*self._problems_of_host(), *(text for role in roles for text in self._problems(role))]))
+        if not problems:
+            problems = [self._problem(name, f"cannot be judged: {error}", "") for name, error in self._probe.get("unmade", {}).items()]
+        if self._warnings:
+            result["warnings"] = self._warnings
         if not self._vars.get("check_settings_collect", False):
             return result | ({"failed": True, "msg": "\n\n".join(problems)} if problems else {})
-        facts = {"settings_unfit": sorted(self._unfit), "settings_wrong": sorted(self._wrong)}
-        return result | {"ansible_facts": {"settings_problems": [*earlier, *problems], **facts}}
+        return result | {"ansible_facts": {"settings_problems": problems}}
 
     def _problems(self, role: str) -> Iterator[str]:
-        yield from self._problems_of_host()
         options = role_options(role)
+        self._rules = self._loader.load_from_file(str(ROLES / role / "meta" / "rules.yml"), trusted_as_template=True)
+        if "rules" in self._task.args:
+            self._rules = {"rules": self._task.args["rules"]}
         values: dict[str, Any] = {}
         for name, option in options.items():
             if name in self._vars:
@@ -288,7 +299,7 @@ class ActionModule(ActionBase):
 
         # What is missing was reported above, with the file that should set it.
         optional = {name: {**option, "required": False} for name, option in options.items()}
-        runtime_layers, unknown = self._task.args.get("runtime_settings") or [], set()
+        runtime_layers, unknown = self._rules.get("runtime_settings", []), set()
         checked = ArgumentSpecValidator(optional).validate(values)
         for message in checked.error_messages:
             name = next((name for name in sorted(values, key=len, reverse=True) if name in message), "")
@@ -318,7 +329,7 @@ class ActionModule(ActionBase):
 
         `values` are those of the role's options that are known, and `unknown` the settings that cannot be judged.
         """
-        layers = [*(self._task.args.get("runtime_settings") or []), *filter(None, [self._task.args.get("runtime_secrets")])]
+        layers = [*self._rules.get("runtime_settings", []), *filter(None, [self._rules.get("runtime_secrets")])]
         if not layers:
             return
         templar = self._templar.copy_with_new_env(available_variables=self._vars | values)
@@ -388,6 +399,12 @@ class ActionModule(ActionBase):
         if not HOST_NAME.fullmatch(name := self._vars["inventory_hostname"]):
             yield self._problem(name, "is a host's name", "names of letters, digits, . _ and -", file="hosts.yml")
 
+        for disk in self._probe.get("host", {}).get("disks", []):
+            if not disk["writable"] or disk["free_mb"] < disk["needed_mb"]:
+                what = f"has {disk['free_mb']} MB free" if disk["writable"] else "is on a read-only disk"
+                allowed = f"a folder on a writable disk with at least {disk['needed_mb']} MB free"
+                yield self._problem(disk["path"], what, allowed, file=f"none, it is {disk['mount']} of {self._vars['inventory_hostname']}")
+
         ignored = self._vars.get("check_settings_ignore", [])
         for name, meant in unknown_names(self._inventory_names() - {"check_settings_ignore"}):
             if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored):
@@ -402,17 +419,28 @@ class ActionModule(ActionBase):
     def _broken_rules(self, values: dict[str, Any]) -> Iterator[str]:
         # Rules see values as the argument specs convert them: "2" as a number.
         templar = self._templar.copy_with_new_env(available_variables=self._vars | values)
-        for rule in self._task.args.get("rules") or []:
+
+        def text(rule: Mapping[str, Any], key: str) -> str:
+            return str(templar.template(rule.get(key, "")))
+
+        for warning in self._rules.get("warnings", []):
+            if self._fits(*names_in(f"{{{{ {warning['that']} }}}}")) and not templar.evaluate_conditional(warning["that"]):
+                self._warnings.append(text(warning, "text"))
+        for rule in self._rules.get("rules", []):
             name = rule["variable"]
-            if not self._fits(*names_in(f"{{{{ {rule['that']} }}}}")):
+            used = names_in(f"{{{{ {rule['that']} }}}}")
+            if not self._fits(*used):
                 continue
             try:
+                name = text(rule, "variable")
                 if templar.evaluate_conditional(rule["that"]):
                     continue
                 found = templar.template(trust_as_template("{{ " + rule.get("found", name) + " }}"))
             except AnsibleError as error:
-                problem = self._problem(name, f"cannot be judged: {error}", rule["allowed"], file=rule.get("file", ""))
-                yield self._missing(error) or problem
+                # Not before the host has been looked at, which its other problems, or its absence, may be the reason for.
+                if not self._unprobed() or self._depends_on_none({"site_probe", "ansible_facts"}, *used):
+                    problem = self._problem(name, f"cannot be judged: {error}", rule["allowed"], file=rule.get("file", ""))
+                    yield self._missing(error) or problem
                 continue
             what = f"has {json.dumps(found)}"
             if "found" not in rule:
@@ -420,7 +448,11 @@ class ActionModule(ActionBase):
                 if shown_plainly:
                     self._wrong.add(name)
                 what = "is empty" if found in ("", [], {}) else f"is {json.dumps(found)}" if shown_plainly else "is wrong"
-            yield self._problem(name, what, rule["allowed"], file=rule.get("file", ""))
+            yield self._problem(name, what, text(rule, "allowed"), file=text(rule, "file"))
+
+    def _unprobed(self) -> bool:
+        """Tell whether the host was not looked at as the rules demand."""
+        return bool(self._vars.get("check_settings_without_hosts") or "unmade" not in self._probe or self._probe["unmade"])
 
     def _fits(self, *names: str) -> bool:
         """Tell whether none of these variables is missing or of the wrong type, nor what their templates name, however deep."""

@@ -22,9 +22,9 @@ import check_settings
 REPOSITORY = Path(__file__).resolve().parents[2]
 FACTS = {"distribution": "Debian", "distribution_major_version": "13", "distribution_version": "13.1", "memtotal_mb": 1000}
 FACTS |= {"virtualization_role": "guest", "virtualization_type": "podman", "fqdn": "one.example", "hostname": "one", "default_ipv4": {}}
-#: Roles in whose defaults and vars the variables of the others are looked for, in the order of playbooks/preflight.yml.
-ROLES = ("pki", "redis", "redis_sentinel", "rabbitmq", "celery_app", "celery_worker", "celery_beat", "celery_monitor", "monitoring_proxy")
-ROLES += ("celery_flower", "exporters", "prometheus", "alertmanager")
+#: What a look at the host would find (roles/*/meta/rules.yml, `probes`).
+PROBE = {"host": {"wrong_names": {}, "disks": [], "missing_packages": [], "paths": []}, "certificate": {"problems": {}}, "unmade": {}}
+PROBE["rabbitmq"] = {"running": False, "installed": "", "candidate": "4.0.5", "nodes": [], "cookie_differs": False}
 
 init_plugin_loader()
 filter_loader.add_directory(str(REPOSITORY / "plugins" / "filter"))
@@ -45,17 +45,15 @@ class Site:
 
     def _of_roles(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for role in ROLES:
-            path = REPOSITORY / "roles" / role / name / "main.yml"
-            if path.exists():
-                found |= self.loader.load_from_file(str(path), trusted_as_template=True) or {}
+        for path in sorted((REPOSITORY / "roles" / "site" / name / "main").iterdir()):
+            found |= self.loader.load_from_file(str(path), trusted_as_template=True) or {}
         return found
 
     def variables(self, host: str = "one", role: str = "celery_app") -> dict[str, Any]:
         """Return the variables that a role's tasks have on a host."""
         own = self.manager.get_vars(host=self.inventory.get_host(host))
         magic = {"role_path": str(REPOSITORY / "roles" / role), "ansible_facts": FACTS, "hostvars": self.hostvars}
-        magic |= {"ansible_play_hosts": list(self.inventory.hosts), "ansible_play_role_names": [*ROLES]}
+        magic |= {"ansible_play_hosts": list(self.inventory.hosts)}
         return self._of_roles("defaults") | own | self._of_roles("vars") | magic
 
     def value(self, expression: str, host: str = "one") -> Any:
@@ -71,19 +69,13 @@ class Site:
 
     def judge(self, role: str = "celery_app", host: str = "one") -> list[str]:
         """Return the problems that a role's preflight finds on a host."""
-        variables = self.variables(host, role)
-        tasks = self.loader.load_from_file(str(REPOSITORY / "roles" / role / "tasks" / "preflight.yml"), trusted_as_template=True)
-        templar = Templar(self.loader, variables=variables)
-        problems: list[str] = []
-        for found in tasks:
-            if "check_settings" in found:
-                task = Task()
-                task.args = templar.template(found["check_settings"])
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    action = check_settings.ActionModule(
-                        task, connection_loader.get("local", PlayContext()), PlayContext(), self.loader, templar, None
-                    )
-                result = action.run(task_vars=variables | {"check_settings_collect": True})
-                problems += result["ansible_facts"]["settings_problems"]
-        return problems
+        variables = self.variables(host, role) | {"site_probe": PROBE, "check_settings_collect": True}
+        task = Task()
+        task.args = {"roles": [role]}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            templar = Templar(self.loader, variables=variables)
+            action = check_settings.ActionModule(
+                task, connection_loader.get("local", PlayContext()), PlayContext(), self.loader, templar, None
+            )
+        return list(action.run(task_vars=variables)["ansible_facts"]["settings_problems"])
