@@ -227,7 +227,7 @@ def shown(path: Path) -> str:
 class ActionModule(ActionBase):
     """Arguments: `roles`, which are judged one after the other by their meta/rules.yml; or one role, and `rules` in place of its own.
 
-    That file has `rules`, `warnings`, `probes` (for the action `probe_roles`, whose result is the variable `site_probe`), and of
+    That file has `rules`, `warnings`, `probes` (for the action `probe_roles`, whose result is the variable `__common_probe`), and of
     a service of the runtime package `runtime_settings` and `runtime_secrets`.
 
     `runtime_settings` names variables that hold settings of the runtime package by name, the last one winning, and
@@ -266,7 +266,7 @@ class ActionModule(ActionBase):
         # Those that break a rule: what the runtime package is given of them (a port in a URL) is wrong for no reason of its own.
         self._wrong: set[str] = set()
         self._warnings: list[str] = []
-        self._probe = self._vars.get("site_probe", {})
+        self._probe = self._vars.get("__common_probe", {})
         problems = list(dict.fromkeys([*self._problems_of_host(), *(text for role in roles for text in self._problems(role))]))
         if not problems:
             problems = [self._problem(name, f"cannot be judged: {error}", "") for name, error in self._probe.get("unmade", {}).items()]
@@ -438,7 +438,7 @@ class ActionModule(ActionBase):
                 found = templar.template(trust_as_template("{{ " + rule.get("found", name) + " }}"))
             except AnsibleError as error:
                 # Not before the host has been looked at, which its other problems, or its absence, may be the reason for.
-                if not self._unprobed() or self._depends_on_none({"site_probe", "ansible_facts"}, *used):
+                if not self._unprobed() or self._depends_on_none({"__common_probe", "ansible_facts"}, *used):
                     problem = self._problem(name, f"cannot be judged: {error}", rule["allowed"], file=rule.get("file", ""))
                     yield self._missing(error) or problem
                 continue

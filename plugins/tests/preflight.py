@@ -69,7 +69,7 @@ class Site:
 
     def judge(self, role: str = "celery_app", host: str = "one") -> list[str]:
         """Return the problems that a role's preflight finds on a host."""
-        variables = self.variables(host, role) | {"site_probe": PROBE, "check_settings_collect": True}
+        variables = self.variables(host, role) | {"__common_probe": PROBE, "check_settings_collect": True}
         task = Task()
         task.args = {"roles": [role]}
         with warnings.catch_warnings():
