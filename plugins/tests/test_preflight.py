@@ -424,29 +424,6 @@ def test_the_proxy_finds_prometheus_and_alertmanager_at_their_ports(tmp_path: Pa
     assert addresses == ["http://127.0.0.1:19090", "http://127.0.0.1:19093"]
 
 
-@pytest.mark.parametrize("playbook", sorted((REPOSITORY / "playbooks").glob("*.yml")), ids=lambda path: path.stem)
-def test_plays_know_the_variables_that_their_roles_take_from_others(playbook: Path) -> None:
-    """The names of public variables of other roles, in what a role of the play writes, are those of roles that the play names."""
-    for play in yaml.safe_load(playbook.read_text()):
-        roles = {entry["role"] for entry in play.get("roles", [])}
-        known = roles | {
-            task["ansible.builtin.import_role"]["name"] for task in play.get("pre_tasks", []) if "ansible.builtin.import_role" in task
-        }
-        for role in roles:
-            texts = [
-                path.read_text()
-                for folder in ("vars", "templates")
-                for path in (REPOSITORY / "roles" / role / folder).rglob("*")
-                if path.is_file()
-            ]
-            used = {
-                word for text in texts for word in re.findall(r"\b[a-z]\w+\b(?! *\| *default)(?!['\"])", re.sub(r"(?m)^\s*#.*$", "", text))
-            }
-            for other in (path.name for path in (REPOSITORY / "roles").iterdir()):
-                defaults = yaml.safe_load((REPOSITORY / "roles" / other / "defaults/main.yml").read_text()) or {}
-                assert other in known or not used & set(defaults), f"{playbook.name}: {role} uses {used & set(defaults)}"
-
-
 @pytest.mark.parametrize(
     ("redis_bind", "url"),
     [

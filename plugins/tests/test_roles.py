@@ -6,18 +6,27 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROLES = sorted(path.name for path in (REPOSITORY / "roles").iterdir())
+#: Those that no other needs to know of, or that know all others.
+APART = {"site", "common", "lab"}
+
+
+def defaults_of(role: str) -> dict[str, Any]:
+    """Return a role's own defaults, as written; those of `site` are links to the other roles' but for one file."""
+    file = next((path for path in (REPOSITORY / "roles" / role / "defaults").rglob("*.yml") if not path.is_symlink()), None)
+    return (yaml.safe_load(file.read_text()) or {}) if file else {}
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_defaults_and_argument_specs_agree(role: str) -> None:
     folder = REPOSITORY / "roles" / role
-    defaults = yaml.safe_load((folder / "defaults/main.yml").read_text())
+    defaults = defaults_of(role)
     options = yaml.safe_load((folder / "meta/argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
 
     assert set(defaults) - set(options) == set()
@@ -46,3 +55,15 @@ def test_the_readme_is_what_make_docs_writes(role: str, tmp_path: Path) -> None:
     subprocess.run(command, check=True, cwd=tmp_path)
 
     assert (copy / "README.md").read_text() == (REPOSITORY / "roles" / role / "README.md").read_text()
+
+
+def test_every_role_knows_the_variables_of_all_others() -> None:
+    for kind in ("defaults", "vars"):
+        links = {path.stem: path.resolve() for path in (REPOSITORY / "roles/site" / kind / "main").iterdir() if path.is_symlink()}
+        assert links == {
+            role: file for role in ROLES if role not in APART and (file := REPOSITORY / "roles" / role / kind / "main.yml").exists()
+        }
+    for role in set(ROLES) - {"site", "lab"}:
+        assert yaml.safe_load((REPOSITORY / "roles" / role / "meta/main.yml").read_text())["dependencies"] == ["site"], role
+    known = yaml.safe_load((REPOSITORY / "roles/site/vars/main/site.yml").read_text())["__site_roles"]
+    assert {entry["role"] for entry in known} == set(ROLES) - APART
