@@ -68,12 +68,12 @@ LIKENESS = 0.9
 
 @functools.cache
 def role_options(role: str) -> dict[str, Any]:
-    """Return the options of a role's `main` entry point, by name; empty if it has no argument specs."""
+    """Return the options of a role's entry point, by name; empty if it has no argument specs."""
     path = ROLES / role / "meta" / "argument_specs.yml"
     if not path.exists():
         return {}
-    options = yaml.load(path.read_text(), Loader=yaml.CSafeLoader)["argument_specs"]["main"].get("options", {})
-    return dict(options)
+    specs = yaml.load(path.read_text(), Loader=yaml.CSafeLoader)["argument_specs"]
+    return dict(next(iter(specs.values())).get("options", {}))
 
 
 @functools.cache

@@ -27,7 +27,8 @@ def defaults_of(role: str) -> dict[str, Any]:
 def test_defaults_and_argument_specs_agree(role: str) -> None:
     folder = REPOSITORY / "roles" / role
     defaults = defaults_of(role)
-    options = yaml.safe_load((folder / "meta/argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
+    specs = yaml.safe_load((folder / "meta/argument_specs.yml").read_text())["argument_specs"]
+    options = next(iter(specs.values()))["options"]
 
     assert set(defaults) - set(options) == set()
     documented = {name: option["default"] for name, option in options.items() if "default" in option}
