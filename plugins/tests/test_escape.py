@@ -534,7 +534,18 @@ PLAIN = {
     # plugins/filter/flows.py has checked them; inetrc and epmd.conf test for an IPv4 address.
     *("flow.name", "flow.protocol", "flow.port", "flow.ipv4", "flow.ipv6", "address", "rabbitmq_address"),
     # Of the role itself, or set in the template, where what they are made of is looked at.
-    *("ansible_managed", "backend.name", "backend.path", "backend.what", "backend.address", "capability", "collector", "here", "kind"),
+    *(
+        "ansible_managed",
+        "backend.name",
+        "backend.path",
+        "backend.what",
+        "backend.address",
+        "capability",
+        "collector",
+        "directive",
+        "here",
+        "kind",
+    ),
     *("…[]", "ansible_facts[]", "interface", "options", "passwords", "prefix", "service", "tls", "type"),
     # Lines of the program's own language, which people write: redis_settings, redis_users[].commands, firewall_extra_rules.
     *("value", "user.commands", "rule"),
@@ -545,7 +556,7 @@ SAFE_FILTERS = {"int", "length", "hash", "bool", "comment"}
 def typed_options() -> set[str]:
     """Return the names of all settings that are numbers, yes or no, or one of a few words."""
     files = (REPOSITORY / "roles").glob("*/meta/argument_specs.yml")
-    options = [option for file in files for option in yaml.safe_load(file.read_text())["argument_specs"]["main"].get("options", {}).items()]
+    options = [option for file in files for option in yaml.safe_load(file.read_text())["argument_specs"].popitem()[1]["options"].items()]
     return {name for name, option in options if option["type"] in ("int", "float", "bool") or "choices" in option}
 
 
