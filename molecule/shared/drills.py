@@ -23,6 +23,8 @@ FULL = "DRILLS" in os.environ
 only_in_drills = pytest.mark.skipif(not FULL, reason="part of `make drills`")
 #: What takes minutes and is shown by a shorter test as well, or is seldom touched.
 only_in_test_all = pytest.mark.skipif(not FULL and "TEST_ALL" not in os.environ, reason="part of `make test-all`")
+#: Where the stream's tasks wait, and the service that runs them.
+QUEUE, WORKER = "critical", "celery-worker@critical"
 #: How often a broker is killed, and the workers of all hosts.
 BROKERS_KILLED = 5 if FULL else 1
 WORKERS_KILLED = 20 if FULL else 5
@@ -104,14 +106,15 @@ class Stream:
     output: IO[str] = field(init=False)
 
     def __enter__(self) -> Stream:
-        """Begin to send, and wait until tasks run."""
+        """Begin to send once the site is at rest, and wait until tasks run."""
+        wait_for("a site at rest", lambda: not unrest(self.workers), seconds=180, every=1, why=lambda: unrest(self.workers))
         arguments = [PRODUCER, str(self.rate), str(self.results)]
         command = self.producer.ssh("celery-exec", "env", *self.environment, "python", "-c", *arguments)
         # A file takes what nobody reads yet, however long it goes on.
         self.output = tempfile.NamedTemporaryFile("a")
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self.output, text=True)
         first = wait_for("the first task of the stream", lambda: self.told()[:1])[0]["id"]
-        wait_for("the first task's end", lambda: first in self.ended())
+        wait_for("the first task's end", lambda: first in self.ended(), seconds=60, every=0.5, why=lambda: unrest(self.workers))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -167,6 +170,23 @@ class Stream:
         )
 
 
+def unrest(workers: Sequence[Node]) -> list[str]:
+    """Return what keeps hosts from running a stream's tasks at once, such as an earlier test's fault; empty if nothing does."""
+    found = []
+    for node in workers:
+        shown = node.show(WORKER, "ActiveState", "StatusText")
+        if shown["ActiveState"] != "active" or not shown["StatusText"].startswith("Consuming"):
+            found.append(f"{WORKER} on {node.address} is {shown['ActiveState']}: {shown['StatusText']}")
+    told = workers[0].host.run("celery-exec celery-platform queues --json")
+    if told.rc:
+        return [*found, told.stderr]
+    queue = next(queue for queue in json.loads(told.stdout)["queues"] if queue["name"] == QUEUE)
+    if queue["waiting"] or not queue["consumers"]:
+        found.append(f"{queue['waiting']} tasks wait for {queue['consumers']} consumers")
+    return found
+
+
+
 def drill(name: str, workers: Sequence[Node], fault: Callable[[], None], well: Callable[[], None]) -> Report:
     """Let something happen under a stream of tasks; return what became of them, once all is well again.
 
@@ -193,7 +213,7 @@ def kill_workers(workers: Sequence[Node]) -> None:
     """Kill the workers of all hosts several times, main process and children."""
     for _ in range(WORKERS_KILLED):
         for node in workers:
-            node.host.check_output("systemctl kill --signal=KILL celery-worker@critical")
+            node.host.check_output(f"systemctl kill --signal=KILL {WORKER}")
         time.sleep(4)
 
 

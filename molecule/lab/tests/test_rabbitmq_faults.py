@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from drills import BROKERS_KILLED, FULL, RECOVERY, Report, cut_off, drill, kill_workers, only_in_drills
+from drills import BROKERS_KILLED, FULL, QUEUE, RECOVERY, WORKER, Report, cut_off, drill, kill_workers, only_in_drills
 from nodes import wait_for
 from rabbit import SERVICE, RabbitCluster
 
@@ -20,8 +20,6 @@ testinfra_hosts = ["ansible://app1"]
 
 Fault = Callable[[RabbitCluster], None]
 
-#: Of the stream's tasks.
-QUEUE = "critical"
 KILL = f"systemctl kill --signal=KILL {SERVICE}"
 
 
@@ -98,7 +96,7 @@ def workers_stopped(cluster: RabbitCluster) -> None:
     """Stop and start the workers of one host, then of the other, three times, each with tasks in hand."""
     for _ in range(3):
         for node in cluster.workers:
-            node.host.check_output("systemctl stop celery-worker@critical && systemctl start celery-worker@critical")
+            node.host.check_output(f"systemctl restart {WORKER}")
 
 
 @pytest.mark.parametrize(
