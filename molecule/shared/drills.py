@@ -186,7 +186,6 @@ def unrest(workers: Sequence[Node]) -> list[str]:
     return found
 
 
-
 def drill(name: str, workers: Sequence[Node], fault: Callable[[], None], well: Callable[[], None]) -> Report:
     """Let something happen under a stream of tasks; return what became of them, once all is well again.
 
