@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -15,14 +14,9 @@ from datetime import datetime
 from itertools import pairwise
 from typing import IO, Any
 
-import pytest
 from nodes import REPOSITORY, Node, wait_for
+from targets import FULL
 
-#: `make drills` repeats what chance has a part in, and has the time for all of it.
-FULL = "DRILLS" in os.environ
-only_in_drills = pytest.mark.skipif(not FULL, reason="part of `make drills`")
-#: What takes minutes and is shown by a shorter test as well, or is seldom touched.
-only_in_test_all = pytest.mark.skipif(not FULL and "TEST_ALL" not in os.environ, reason="part of `make test-all`")
 #: Where the stream's tasks wait, and the service that runs them.
 QUEUE, WORKER = "critical", "celery-worker@critical"
 #: How often a broker is killed, and the workers of all hosts.

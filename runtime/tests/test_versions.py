@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from celery import Celery
-from drills import only_in_test_all
 from sites import Site
+from targets import only_in_test_all
 
 from celery_platform import redis_transport, versions
 from celery_platform.settings import BadSettings, Settings

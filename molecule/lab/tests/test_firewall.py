@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import testinfra
-from drills import only_in_test_all
 from nodes import REPOSITORY, Node, wait_for
+from targets import only_in_test_all
 
 TABLE = "nft --stateless list table inet celery_platform"
 #: A service that nobody declared listens here, on every host.

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 from cluster import Cluster
-from drills import only_in_drills
 from nodes import REPOSITORY, Node, wait_for
 from rabbit import SERVICE, RabbitCluster
+from targets import only_in_drills
 
 testinfra_hosts = ["ansible://ops1"]
 

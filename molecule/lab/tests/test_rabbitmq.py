@@ -16,9 +16,9 @@ import amqp
 import pytest
 import yaml
 from authority import Authority
-from drills import only_in_drills
 from nodes import Node
 from rabbit import AMQPS, DISTRIBUTION, METRICS, SERVICE, VHOST, RabbitCluster
+from targets import only_in_drills
 
 testinfra_hosts = ["ansible://data1"]
 

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from drills import BROKERS_KILLED, FULL, QUEUE, RECOVERY, WORKER, Report, cut_off, drill, kill_workers, only_in_drills
+from drills import BROKERS_KILLED, QUEUE, RECOVERY, WORKER, Report, cut_off, drill, kill_workers
 from nodes import wait_for
 from rabbit import SERVICE, RabbitCluster
+from targets import FULL, only_in_drills
 
 testinfra_hosts = ["ansible://app1"]
 

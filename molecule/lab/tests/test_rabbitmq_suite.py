@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from drills import only_in_drills
 from nodes import REPOSITORY
 from rabbit import AMQPS, RabbitCluster
 from sentinels import Servers
+from targets import only_in_drills
 
 testinfra_hosts = ["ansible://data1"]
 

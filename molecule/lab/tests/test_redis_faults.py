@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import pytest
 from cluster import Cluster
-from drills import BROKERS_KILLED, RECOVERY, Report, cut_off, drill, kill_workers, only_in_drills
+from drills import BROKERS_KILLED, RECOVERY, Report, cut_off, drill, kill_workers
+from targets import only_in_drills
 
 testinfra_hosts = ["ansible://app1"]
 

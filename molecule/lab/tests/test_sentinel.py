@@ -11,9 +11,10 @@ import pytest
 import redis
 import yaml
 from cluster import REDIS, SENTINEL, Cluster
-from drills import Report, Stream, only_in_drills, only_in_test_all
+from drills import Report, Stream
 from flower_client import Flower
 from nodes import REPOSITORY, Node, wait_for
+from targets import only_in_drills, only_in_test_all
 
 testinfra_hosts = ["ansible://app1"]
 

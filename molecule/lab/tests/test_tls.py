@@ -19,8 +19,8 @@ import testinfra
 from authority import Authority, Issued
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from drills import only_in_drills, only_in_test_all
 from nodes import REPOSITORY, Node, wait_for
+from targets import only_in_drills, only_in_test_all
 
 testinfra_hosts = ["ansible://data1"]
 

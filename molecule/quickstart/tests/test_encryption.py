@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from drills import only_in_test_all
 from nodes import Node, wait_for
+from targets import only_in_test_all
 
 from celery_platform.serialization import generate_key
 

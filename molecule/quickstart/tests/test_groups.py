@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import yaml
-from drills import only_in_test_all
 from nodes import Node
+from targets import only_in_test_all
 
 testinfra_hosts = ["ansible://celery_worker"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from celery import Celery
-from drills import only_in_test_all
 from nodes import REPOSITORY, Node, wait_for
+from targets import only_in_test_all
 
 testinfra_hosts = ["ansible://celery_worker"]
 UNITS = ["celery-beat", "celery-worker@batch", "celery-worker@critical", "celery-worker@default"]
