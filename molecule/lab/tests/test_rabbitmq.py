@@ -363,4 +363,4 @@ def test_a_queue_that_would_have_to_change_stops_the_run(cluster: RabbitCluster)
 
 def test_an_even_number_of_nodes_is_warned_of(cluster: RabbitCluster, other_inventory: Callable[[list[str]], Node]) -> None:
     output = other_inventory(["data1", "data2", "data3", "app1"]).run_playbook("--tags=none", "--check")
-    assert "4 nodes of RabbitMQ survive the loss of no more of them than 3 would" in output.stdout
+    assert "4 nodes of RabbitMQ survive the loss of no more of them than 3 would" in output.stdout + output.stderr
