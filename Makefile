@@ -81,7 +81,8 @@ endef
 SERVERS := redis-server rabbitmq-server openssl prometheus prometheus-alertmanager nginx logrotate openssh-client
 unit: $(VENV)/test ## Unit tests of the plugins and the runtime package; the roles' documentation
 	$(call packages,$(SERVERS))
-	$(BIN)/pytest -q --numprocesses=2 --dist=loadfile
+# Three on two cores: half of the time they wait, for a server or for time to pass.
+	$(BIN)/pytest -q --numprocesses=3 --dist=loadfile
 
 coverage: $(VENV)/test ## How much of the runtime package its tests run
 	@mkdir -p .lab/coverage

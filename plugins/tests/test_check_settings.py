@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from targets import only_in_test_all
 
 import check_settings
 
@@ -476,6 +477,7 @@ def test_many_mistakes_are_told_at_once(judge: Judge) -> None:
         assert any(problem.what.startswith(f"{variable} ") and allowed in problem.allowed for problem in result.problems), variable
 
 
+@only_in_test_all
 def test_several_hosts_with_beat_share_a_lock(judge: Judge) -> None:
     hosts = ("one", "two")
     assert judge(worker_hosts=hosts, beat_hosts=hosts).problems == []
@@ -512,9 +514,29 @@ def test_three_redis_hosts_with_three_sentinels_pass(judge: Judge) -> None:
     [
         pytest.param(THREE[:1], {}, "group redis_sentinel", '["one"]', HOSTS, "three hosts", id="one Sentinel"),
         pytest.param(THREE[:2], {}, "group redis_sentinel", '["one", "two"]', HOSTS, "another odd number", id="two Sentinels"),
-        pytest.param((*THREE, "four"), {}, "group redis_sentinel", '"four"', HOSTS, "another odd number", id="four Sentinels"),
-        pytest.param(THREE, {"redis_sentinel_quorum": 4}, "redis_sentinel_quorum", "is 4", MAIN, "from 1 to the number of", id="quorum"),
-        pytest.param(THREE, {"redis_min_replicas_to_write": 3}, "redis_min_replicas_to_write", "is 3", MAIN, "0 to", id="replicas"),
+        pytest.param(
+            (*THREE, "four"), {}, "group redis_sentinel", '"four"', HOSTS, "another odd number", id="four Sentinels", marks=only_in_test_all
+        ),
+        pytest.param(
+            THREE,
+            {"redis_sentinel_quorum": 4},
+            "redis_sentinel_quorum",
+            "is 4",
+            MAIN,
+            "from 1 to the number of",
+            id="quorum",
+            marks=only_in_test_all,
+        ),
+        pytest.param(
+            THREE,
+            {"redis_min_replicas_to_write": 3},
+            "redis_min_replicas_to_write",
+            "is 3",
+            MAIN,
+            "0 to",
+            id="replicas",
+            marks=only_in_test_all,
+        ),
         pytest.param(
             THREE,
             {
@@ -528,9 +550,28 @@ def test_three_redis_hosts_with_three_sentinels_pass(judge: Judge) -> None:
             MAIN,
             "passwords without blanks and quotes",
             id="quote",
+            marks=only_in_test_all,
         ),
-        pytest.param(THREE, {"redis_sentinel_port": 6379}, "redis_sentinel_port", "is 6379", MAIN, "other than redis_port", id="port"),
-        pytest.param(THREE, {"redis_address": "localhost"}, "redis_address", "localhost is 127", MAIN, "all hosts reach", id="own name"),
+        pytest.param(
+            THREE,
+            {"redis_sentinel_port": 6379},
+            "redis_sentinel_port",
+            "is 6379",
+            MAIN,
+            "other than redis_port",
+            id="port",
+            marks=only_in_test_all,
+        ),
+        pytest.param(
+            THREE,
+            {"redis_address": "localhost"},
+            "redis_address",
+            "localhost is 127",
+            MAIN,
+            "all hosts reach",
+            id="own name",
+            marks=only_in_test_all,
+        ),
         pytest.param(THREE, {"redis_address": "no.such.host.invalid"}, "redis_address", "is unknown", MAIN, "hosts reach", id="unknown"),
     ],
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from targets import only_in_test_all
 
 import create_environment
 
@@ -44,7 +45,7 @@ def make(checkout: Path, *arguments: str) -> tuple[int, str]:
     return completed.returncode, completed.stdout + completed.stderr
 
 
-@pytest.mark.parametrize(("source", "hosts"), [("production", 6), ("quickstart", 1)])
+@pytest.mark.parametrize(("source", "hosts"), [pytest.param("production", 6, marks=only_in_test_all), ("quickstart", 1)])
 def test_an_environment_of_ones_own_is_made_filled_in_and_passes(checkout: Path, source: str, hosts: int) -> None:
     code, output = make(checkout, "environment", "ENV=shop", *([] if source == "production" else [f"FROM={source}"]))
     assert code == 0, output

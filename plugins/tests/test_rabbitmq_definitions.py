@@ -20,6 +20,7 @@ from celery import Celery
 from celery.events.event import event_exchange
 from kombu import Connection, Exchange, Queue
 from sites import Site
+from targets import only_in_test_all
 from waiting import wait_for
 
 from celery_platform import configuration, guards
@@ -158,6 +159,7 @@ def test_what_it_defines_is_what_the_runtime_declares(define: Define, control: C
     control("delete_vhost", "declared")
 
 
+@only_in_test_all
 def test_a_password_is_changed_when_it_is_another(define: Define, control: Control, channel: Callable[..., Any]) -> None:
     define(USERS, {"shop": ["default"]})
     opened = channel("orders", "shop")
@@ -170,6 +172,7 @@ def test_a_password_is_changed_when_it_is_another(define: Define, control: Contr
     opened.queue_declare("default", passive=True)
 
 
+@only_in_test_all
 def test_what_is_ours_and_unwanted_goes_and_all_else_stays(define: Define, control: Control) -> None:
     define([*USERS, {"name": "left"}], {"shop": ["default"], "other": ["default"]})
     control("add_user", "guest", "guest")

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 from sites import Site, wait_for
+from targets import only_in_test_all
 
 SHOP = """
 import os, time
@@ -44,7 +45,7 @@ def send(site: Site, *lines: str) -> None:
     site.run("python", "-c", "\n".join(["import time", "from celery_platform.worker import app", *lines]))
 
 
-@pytest.mark.parametrize("broker", ["rabbitmq", "redis"])
+@pytest.mark.parametrize("broker", ["rabbitmq", pytest.param("redis", marks=only_in_test_all)])
 def test_all_that_a_broker_holds_is_brought_to_another(site: Site, redis_url: str, rabbitmq: tuple[str, object], broker: str) -> None:
     urls = {"redis": f"{redis_url}/0", "rabbitmq": rabbitmq[0]}
     old = next(name for name in urls if name != broker)

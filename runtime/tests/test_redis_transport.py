@@ -32,6 +32,7 @@ from kombu.transport import TRANSPORT_ALIASES
 from redis.auth.token import SimpleToken
 from sentinels import MASTER, PASSWORD, Servers
 from sites import Site, free_port, wait_for
+from targets import only_in_test_all
 
 import celery_platform
 from celery_platform import dead_letters, redis_transport, resilience
@@ -178,6 +179,7 @@ def test_a_record_is_as_kombu_writes_it(redis_url: str, server: redis.Redis) -> 
     assert where == ["", "work"]
 
 
+@only_in_test_all
 def test_workers_killed_under_load_lose_nothing(shop: Site, server: redis.Redis) -> None:
     app, sent = shop.producer(), []
     for kill in range(4):

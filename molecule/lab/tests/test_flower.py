@@ -132,6 +132,7 @@ except OSError as error:
     assert flower.node.python(script, "root").strip() == "401"
 
 
+@only_in_test_all
 def test_a_new_password_holds_at_once_and_the_old_one_no_longer(flower: Flower) -> None:
     tags = "--tags=celery_flower,monitoring_proxy"
     users = {"monitoring_proxy_users": [{"name": "operator", "password": OTHER_PASSWORD}]}

@@ -18,7 +18,7 @@ import yaml
 from authority import Authority
 from nodes import Node
 from rabbit import AMQPS, DISTRIBUTION, METRICS, SERVICE, VHOST, RabbitCluster
-from targets import only_in_drills
+from targets import only_in_drills, only_in_test_all
 
 testinfra_hosts = ["ansible://data1"]
 
@@ -203,6 +203,7 @@ def test_a_check_finds_nothing_to_do(cluster: RabbitCluster) -> None:
     assert pids(cluster) == before
 
 
+@only_in_test_all
 def test_a_run_after_a_node_was_killed_changes_nothing(cluster: RabbitCluster) -> None:
     cluster.nodes["data2"].host.check_output(f"systemctl kill --signal=KILL {SERVICE}")
     cluster.whole()
@@ -339,7 +340,7 @@ def test_an_upgrade_takes_one_node_after_the_other(cluster: RabbitCluster) -> No
             ],
             id="much",
         ),
-        pytest.param({"rabbitmq_host": "Data"}, ["rabbitmq_host .*Data.*a short name for each host"], id="name"),
+        pytest.param({"rabbitmq_host": "Data"}, ["rabbitmq_host .*Data.*a short name for each host"], id="name", marks=only_in_test_all),
     ],
 )
 def test_bad_input_stops_the_run(cluster: RabbitCluster, settings: dict[str, Any], messages: list[str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 from drills import BROKERS_KILLED, QUEUE, RECOVERY, WORKER, Report, cut_off, drill, kill_workers
 from nodes import wait_for
 from rabbit import SERVICE, RabbitCluster
-from targets import FULL, only_in_drills
+from targets import FULL, only_in_drills, only_in_test_all
 
 testinfra_hosts = ["ansible://app1"]
 
@@ -108,7 +108,7 @@ def workers_stopped(cluster: RabbitCluster) -> None:
         pytest.param(two_nodes_killed_in_turn, marks=only_in_drills),
         leader_cut_off,
         pytest.param(leader_alone_with_a_producer, marks=only_in_drills),
-        disk_full,
+        pytest.param(disk_full, marks=only_in_test_all),
         pytest.param(nodes_restarted, marks=only_in_drills),
         pytest.param(hosts_rebooted_at_once, marks=only_in_drills),
     ],
@@ -128,6 +128,7 @@ def test_tasks_flow_again_soon_after_the_leader_was_killed(cluster: RabbitCluste
     assert statistics.median(report.longest_pause for report in reports) <= RECOVERY
 
 
+@only_in_test_all
 def test_a_run_after_all_that_changes_nothing(cluster: RabbitCluster) -> None:
     assert cluster.application.converge("--tags=rabbitmq")["changed"] == []
 

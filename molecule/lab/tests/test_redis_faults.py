@@ -14,7 +14,7 @@ from collections.abc import Callable
 import pytest
 from cluster import Cluster
 from drills import BROKERS_KILLED, RECOVERY, Report, cut_off, drill, kill_workers
-from targets import only_in_drills
+from targets import only_in_drills, only_in_test_all
 
 testinfra_hosts = ["ansible://app1"]
 
@@ -61,9 +61,9 @@ def workers_killed(cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        workers_killed,
-        sentinel_and_master_killed,
         master_frozen,
+        pytest.param(workers_killed, marks=only_in_test_all),
+        pytest.param(sentinel_and_master_killed, marks=only_in_test_all),
         pytest.param(master_alone_with_a_producer, marks=only_in_drills),
         pytest.param(hosts_rebooted_in_turn, marks=only_in_drills),
     ],

@@ -149,6 +149,7 @@ def test_a_certificate_is_renewed_when_it_is_due_and_its_key_is_kept(node: Node)
     assert public_key(new) == public_key(old)
 
 
+@only_in_test_all
 def test_new_names_are_a_new_certificate_which_a_service_must_load(node: Node, serve: Callable[[Node], None]) -> None:
     def shown() -> Any:
         arguments = f"certificate={CERTIFICATE} key={KEY} ca={CA} service=127.0.0.1:{PORT}"
@@ -164,6 +165,7 @@ def test_new_names_are_a_new_certificate_which_a_service_must_load(node: Node, s
     assert shown() is False
 
 
+@only_in_test_all
 def test_a_host_gets_a_new_key_and_no_secret_is_seen_on_the_way(node: Node, peer: Node, serve: Callable[[Node], None]) -> None:
     """Look for keys and passphrase in the output, in command lines, and in the files that are left on the controller."""
     old, others = certificate_of(node), certificate_of(peer)
@@ -332,6 +334,7 @@ def test_the_wrong_passphrase_stops_the_run(node: Node) -> None:
         run(node, "-e", "pki_ca_passphrase=nX7cY2pK9mQ4wL8vD3fG6hJ1")
 
 
+@only_in_test_all
 def test_a_lost_key_of_the_authority_stops_the_run(node: Node, tmp_path: Path) -> None:
     shutil.copy(node.inventory / "pki/ca.crt", tmp_path)
     with pytest.raises(AssertionError, match=r"nothing was changed on any host.*pki_ca_directory .*ca\.crt, but no ca\.key"):
