@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import kombu.message
 import kombu.transport.redis
 import pytest
+import redis
 from celery import Celery
-from sites import Site, wait_for
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
+from sites import Site, free_port, wait_for
 
 from celery_platform import dead_letters, guards
 from celery_platform.dead_letters import DeadLetter, Original, RabbitStore, RedisStore, Store
@@ -267,6 +273,21 @@ def answer(request, exc, traceback):
     assert waiting(app) == 0
 
 
+def test_only_what_celery_refuses_is_a_malformed_message(shop: Site) -> None:
+    class Lost(dead_letters.CountingConsumer):
+        hostname, connection_errors = "host", ()
+
+        def __init__(self) -> None:
+            self.app = shop.producer()
+
+        @property
+        def event_dispatcher(self) -> None:
+            raise ConnectionError("on the way to the broker")
+
+    with pytest.raises(ConnectionError):
+        Lost()._request_of(kombu.message.Message(b"[[], {}, {}]"))
+
+
 EXITS = """
 import argparse, asyncio, sys
 
@@ -385,6 +406,50 @@ def test_a_task_whose_connection_is_lost_is_not_given_up(shop: Site, rabbitmq: t
         wait_for("the end", lambda: "was delivered 1 times and has succeeded" in shop.log() and waiting(app) == 0)
     assert ran(shop) == {"starts": 1, "ends": 1}
     assert "is a dead letter" not in shop.log()
+
+
+@pytest.mark.parametrize("shop", ["redis"], indirect=True)
+def test_a_task_is_not_given_up_while_its_result_cannot_be_read(shop: Site, tmp_path: Path) -> None:
+    """Its worker is lost after its success was stored, and the result backend is away when it is delivered again."""
+    shop.write(
+        SHOP
+        + """
+from celery_platform import dead_letters
+dead_letters.RETRY_INTERVAL = 1
+
+class Ends(Task):
+    def after_return(self, *args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+@app.task(name="ends", base=Ends)
+def ends():
+    ran("ends")
+"""
+    )
+    port = free_port()
+
+    @contextmanager
+    def backend() -> Iterator[None]:
+        command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+            with redis.Redis(port=port, retry=Retry(ConstantBackoff(0.1), 100)) as client:
+                client.ping()
+            yield
+            server.terminate()  # It writes what it has.
+
+    shop.set(result_backend=f"redis://127.0.0.1:{port}/1", max_runs="1", soft_time_limit="1", time_limit="2", visibility_timeout="3")
+    app = shop.producer()
+    options = ("--queues=default", "--pool=solo", "--without-mingle", "--without-gossip")
+    with backend(), shop.worker(*options) as worker:
+        app.send_task("ends", task_id="ends")
+        assert wait_for("the end of the worker", worker.poll) == -signal.SIGKILL
+    with shop.worker(*options):
+        wait_for("the second delivery", lambda: "was delivered 1 times and may still run" in shop.log() or store_of(app).list())
+        assert store_of(app).list() == []
+        with backend():
+            wait_for("the end", lambda: "was delivered 1 times and has succeeded" in shop.log() and waiting(app) == 0)
+    assert store_of(app).list() == []
+    assert ran(shop) == {"ends": 1}
 
 
 def test_a_message_is_not_acknowledged_before_it_is_kept(shop: Site) -> None:

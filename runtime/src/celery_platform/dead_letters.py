@@ -30,7 +30,17 @@ from typing import Any, NamedTuple, Protocol
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery import Celery, signals
-from celery.exceptions import Ignore, NotRegistered, Reject, Retry, TaskRevokedError, Terminated, TimeLimitExceeded, WorkerLostError
+from celery.exceptions import (
+    Ignore,
+    InvalidTaskError,
+    NotRegistered,
+    Reject,
+    Retry,
+    TaskRevokedError,
+    Terminated,
+    TimeLimitExceeded,
+    WorkerLostError,
+)
 from celery.states import SUCCESS
 from celery.worker.consumer import Consumer
 from celery.worker.control import inspect_command
@@ -38,7 +48,7 @@ from celery.worker.request import Request
 from celery.worker.state import active_requests, successful_requests, task_ready
 from kombu import serialization
 from kombu.entity import Exchange, Queue
-from kombu.exceptions import ContentDisallowed
+from kombu.exceptions import ContentDisallowed, SerializationError, SerializerNotInstalled
 from kombu.utils import json
 from kombu.utils.imports import symbol_by_name
 
@@ -84,6 +94,8 @@ HISTORY = (
 
 #: What reading a message of an unexpected form raises. (kombu takes a KeyError for a lost connection to Redis.)
 OF_FORM = (AttributeError, LookupError, TypeError, ValueError)
+#: What Celery and kombu raise as well of messages and results that they cannot read.
+UNREADABLE = (*OF_FORM, InvalidTaskError, SerializationError, SerializerNotInstalled)
 
 FAILED, REJECTED, WORKER_LOST, TIME_LIMIT = "failed", "rejected", "worker-lost", "time-limit"
 UNKNOWN_TASK, UNDECODABLE, INVALID, EXPIRED = "unknown-task", "undecodable", "invalid", "expired"
@@ -702,12 +714,12 @@ class CountingConsumer(Consumer):  # type: ignore[misc]
         return handle_any
 
     def _request_of(self, message: Any) -> CountedRequest | None:
-        """Return what Celery itself makes of a message, or None if that cannot be done: the message is malformed then."""
+        """Return what Celery itself makes of a message, or None if it refuses that: the message is malformed then."""
         kind = type("Request", (CountedRequest,), {"consumer": self})
         settle = {"on_ack": message.ack_log_error, "on_reject": message.reject_log_error, "connection_errors": self.connection_errors}
         try:
             request: CountedRequest = kind(message, app=self.app, hostname=self.hostname, eventer=self.event_dispatcher, **settle)
-        except Exception:
+        except UNREADABLE:
             return None
         return request
 
@@ -749,8 +761,12 @@ class CountingConsumer(Consumer):  # type: ignore[misc]
             result = self.app.backend.get_task_meta(id, cache=False)
             if result["status"] == SUCCESS and _seconds(result["date_done"]) >= since:
                 return Fate.SUCCEEDED
-        except Exception as error:
+        except (NotImplementedError, *UNREADABLE) as error:
+            # Results are disabled, or this one says nothing here.
             logger.debug("There is no result of %s: %s", id, type(error).__name__)
+        except Exception as error:
+            logger.error("The result of %s cannot be looked up: %s: %s", id, type(error).__name__, error)
+            return Fate.RUNS
         if fates == {Fate.LOST}:
             mailbox = self.app.control.mailbox
             try:
