@@ -381,7 +381,7 @@ def test_a_task_that_still_runs_or_has_succeeded_is_not_given_up(shop: Site, poo
     app = shop.producer()
     options = ("--queues=default", f"--pool={pool}", "--without-mingle", "--without-gossip")
     with shop.worker(*options, "--hostname=first@%h"), shop.worker(*options, "--hostname=second@%h"):
-        app.send_task("long", (6,), task_id="long")
+        app.send_task("long", (9,), task_id="long")
         wait_for("the second delivery", lambda: "was delivered 1 times and may still run" in shop.log())
         # Who waits for it runs others meanwhile.
         app.send_task("works", task_id="works").get(timeout=4)

@@ -758,7 +758,7 @@ class CountingConsumer(Consumer):  # type: ignore[misc]
         age = time.time() - since
         fates = {fate_here(id, age)}
         try:
-            result = self.app.backend.get_task_meta(id, cache=False)
+            result = self.app.backend._get_task_meta_for(id)
             if result["status"] == SUCCESS and _seconds(result["date_done"]) >= since:
                 return Fate.SUCCEEDED
         except (NotImplementedError, *UNREADABLE) as error:
