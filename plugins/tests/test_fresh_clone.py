@@ -7,7 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from drills import only_in_test_all
+from targets import only_in_test_all
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
