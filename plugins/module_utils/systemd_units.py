@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +56,22 @@ def digest_of(paths: list[str]) -> str:
             with open(path, "rb") as file:
                 parts.append(file.read())
     return digest(*parts)
+
+
+def what_is_wrong(ready: dict[str, Any]) -> str:
+    """Return why a service does not answer as the option `ready` of the module `systemd_units` says; '' if it does."""
+    try:
+        with socket.socket(socket.AF_UNIX) if ready["socket"] else socket.create_connection((ready["host"], ready["port"]), 5) as there:
+            there.settimeout(5)
+            if ready["socket"]:
+                there.connect(ready["socket"])
+            if not ready["path"]:
+                return ""
+            there.sendall(f"GET {ready['path']} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+            status = there.makefile("rb").readline(256).decode("latin-1").strip()
+            return "" if status.split()[1:2] == ["200"] else f"{ready['path']} answers {status or 'nothing'}"
+    except OSError as error:
+        return str(error)
 
 
 def kind_of(unit: str) -> str:
@@ -226,6 +244,22 @@ class Systemd:
         self("reset-failed", unit)
         self("daemon-reload")
         return True
+
+    def wait_until_ready(self, unit: str, ready: dict[str, Any]) -> None:
+        """Wait until what a unit's service is for answers.
+
+        Args:
+            unit: its name.
+            ready: as the option of the module `systemd_units`; timeout in seconds.
+
+        Raises:
+            UnitError: if it does not answer in time.
+        """
+        end = time.monotonic() + ready["timeout"]
+        while wrong := what_is_wrong(ready):
+            if time.monotonic() > end:
+                raise UnitError(f"{unit} is not ready after {ready['timeout']} s: {wrong}\nThe end of its journal:\n{self.journal(unit)}")
+            time.sleep(0.2)
 
     def journal(self, unit: str) -> str:
         """Return the end of a unit's journal."""

@@ -41,6 +41,27 @@ options:
         type: str
         choices: [started, stopped, absent]
         default: started
+      ready:
+        description: What answers once the service of a unit with O(units[].state=started) is ready; waited for, but not in check mode.
+        type: dict
+        suboptions:
+          host:
+            description: Address to connect to.
+            type: str
+            default: 127.0.0.1
+          port:
+            description: TCP port to connect to. This or O(units[].ready.socket).
+            type: int
+          socket:
+            description: UNIX socket to connect to.
+            type: path
+          path:
+            description: Path of a URL that answers a GET over HTTP with status 200; without it, a connection is enough.
+            type: str
+          timeout:
+            description: Seconds to wait.
+            type: int
+            default: 60
 author: Celery Platform
 """
 
@@ -50,6 +71,7 @@ EXAMPLES = r"""
     units:
       - name: flower.service
         files: [/etc/flower/flowerconfig.py]
+        ready: {socket: /run/flower/flower.sock}
 """
 
 RETURN = r"""
@@ -65,7 +87,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.systemd_units import Systemd, digest_of, result_of
 
 
-def bring_all(systemd: Systemd, units: list[dict[str, str]], check: bool) -> dict[str, Any]:
+def bring_all(systemd: Systemd, units: list[dict[str, Any]], check: bool) -> dict[str, Any]:
     """Bring all units into their state and return the module's result.
 
     Raises:
@@ -78,6 +100,8 @@ def bring_all(systemd: Systemd, units: list[dict[str, str]], check: bool) -> dic
         name = unit["name"]
         if unit["state"] == "started":
             done[name] = systemd.bring(name, digest_of(unit["files"]), digest_of(unit["reload_files"]), check)
+            if unit["ready"] and not check:
+                systemd.wait_until_ready(name, unit["ready"])
         elif unit["state"] == "stopped" and systemd.stop(name, check):
             done[name] = "stopped"
         elif unit["state"] == "absent" and systemd.remove(name, check):
@@ -88,11 +112,19 @@ def bring_all(systemd: Systemd, units: list[dict[str, str]], check: bool) -> dic
 
 def main() -> None:
     """Run the module."""
+    ready = {
+        "host": {"type": "str", "default": "127.0.0.1"},
+        "port": {"type": "int"},
+        "socket": {"type": "path"},
+        "path": {"type": "str"},
+        "timeout": {"type": "int", "default": 60},
+    }
     options = {
         "name": {"type": "str", "required": True},
         "files": {"type": "list", "elements": "path", "default": []},
         "reload_files": {"type": "list", "elements": "path", "default": []},
         "state": {"type": "str", "choices": ["started", "stopped", "absent"], "default": "started"},
+        "ready": {"type": "dict", "options": ready, "mutually_exclusive": [("port", "socket")], "required_one_of": [("port", "socket")]},
     }
     module = AnsibleModule(
         argument_spec={"units": {"type": "list", "elements": "dict", "required": True, "options": options}},
