@@ -84,8 +84,9 @@ class ActionModule(ActionBase):
         if wrong := [name for name in ("only", "secret", "when") if not isinstance(entry[name], bool)]:
             raise AnsibleActionFail(f"config_files: {', '.join(wrong)} of {path} must be true or false")
         sources = [name for name in SOURCES if entry[name] is not None]
-        if entry["state"] is None:
-            entry["state"] = {"target": "link", "contents": "directory", None: None}.get(next(iter(sources), None), "file")
+        if entry["state"] is None and sources:
+            filled = entry["contents"] is not None or (entry["source"] and Path(self._find_needle("files", entry["source"])).is_dir())
+            entry["state"] = "directory" if filled else "link" if entry["target"] else "file"
         allowed = {"directory": ("contents", "source"), "link": ("target",), "absent": (), "file": ("template", "source", "content")}
         if entry["state"] not in allowed or len(sources) > 1 or set(sources) - set(allowed[entry["state"]]):
             raise AnsibleActionFail(f"config_files: {path} needs one of {', '.join(SOURCES)}, or a state that goes with it")

@@ -138,6 +138,11 @@ class Changes:
 
     def _prepare_file(self, entry: dict[str, Any], present: bool) -> None:
         path, content = entry["path"], entry["content"].encode()
+        folder, name = os.path.split(path)
+        # Whoever reads all of a folder (logrotate, cron, systemd) skips such a name, if a run is interrupted.
+        partial = os.path.join(folder, f".{name}.dpkg-new")
+        if os.path.lexists(partial) and not self._check:
+            os.unlink(partial)
         regular = present and stat.S_ISREG(os.lstat(path).st_mode)
         before = b""
         if regular:
@@ -150,11 +155,6 @@ class Changes:
         if self._check:
             return
         self._make_parents(path)
-        folder, name = os.path.split(path)
-        # Whoever reads all of a folder (logrotate, cron, systemd) skips such a name, if a run is interrupted.
-        partial = os.path.join(folder, f".{name}.dpkg-new")
-        if os.path.lexists(partial):
-            os.unlink(partial)
         self._partial[partial] = path
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "wb") as file:
