@@ -65,7 +65,9 @@ class Site:
         role = template.partition("/")[0]
         variables = self.variables(host, role) | {"ansible_managed": "Ansible managed"}
         text = (REPOSITORY / "roles" / template).read_text()
-        return str(Templar(self.loader, variables=variables).template(trust_as_template(re.sub("{{ ansible_managed.*", "", text))))
+        folders = [str(REPOSITORY / "roles" / name / "templates") for name in (role, "common")]
+        templar = Templar(self.loader, variables=variables).copy_with_new_env(searchpath=folders)
+        return str(templar.template(trust_as_template(re.sub("{{ ansible_managed.*", "", text))))
 
     def judge(self, role: str = "celery_app", host: str = "one") -> list[str]:
         """Return the problems that a role's preflight finds on a host."""
