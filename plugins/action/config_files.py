@@ -30,6 +30,9 @@ SOURCES = ("template", "source", "content", "contents", "target")
 #: Permissions in octal. A number would be read as YAML reads it: 0644 is 420.
 MODE = re.compile("[0-7]{3,4}")
 
+#: What ansible.builtin.template gives its templates to say so.
+MANAGED = {"ansible_managed": "Ansible managed"}
+
 #: Options of an entry, with their defaults.
 OPTIONS: dict[str, Any] = {
     **dict.fromkeys(("path", *SOURCES, "state", "mode", "validate")),
@@ -136,7 +139,7 @@ class ActionModule(ActionBase):
         # As ansible.builtin.template looks for what a template includes.
         bases = [str(found.parent), *self._variables.get("ansible_search_path", [])]
         paths = [*(folder for base in bases for folder in (f"{base}/templates", base)), str(SHARED_TEMPLATES)]
-        templar = self._templar.copy_with_new_env(searchpath=paths, available_variables={**self._variables, **entry["vars"]})
+        templar = self._templar.copy_with_new_env(searchpath=paths, available_variables={**MANAGED, **self._variables, **entry["vars"]})
         overrides = {"trim_blocks": True} | (ANGLE if entry["delimiters"] == "angle" else {})
         text = trust_as_template(self._loader.get_text_file_contents(str(found)))
         try:

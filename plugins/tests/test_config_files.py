@@ -198,7 +198,7 @@ def play(tmp_path: Path, tasks: list[list[dict[str, Any]]], *arguments: str) -> 
     role = tmp_path / "roles/one"
     for name, text in {
         "tasks/main.yml": yaml.safe_dump([{"config_files": {"files": files}, "ignore_errors": True} for files in tasks]),
-        "templates/plain.j2": "{{ word }} {{ own | default('none') }}\n{% if true %}\nlast\n{% endif %}\n",
+        "templates/plain.j2": "{{ ansible_managed }}\n{{ word }} {{ own | default('none') }}\n{% if true %}\nlast\n{% endif %}\n",
         "templates/angle.j2": "{{ left }} << word >>\n",
         "templates/broken.j2": "{{ unknown }}",
         "files/some/a.txt": "a {{ word }}",
@@ -237,7 +237,7 @@ def test_templates_are_rendered_and_secrets_are_shown_nowhere(tmp_path: Path) ->
     assert not [path for path in shown.split() if len(path) > 500], "the payload is shown"
     texts = {str(path.relative_to(top)): path.read_text() for path in top.rglob("*") if path.is_file()}
     assert texts == {
-        "plain": "W W!\nlast\n",
+        "plain": "Ansible managed\nW W!\nlast\n",
         "angle": "{{ left }} W\n",
         "some/a.txt": "a {{ word }}",
         "some/b.txt": "b",
