@@ -15,10 +15,14 @@ options:
 """
 
 import re
+import socket
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.rabbitmq_cli import Rabbit
+
+#: Port of Erlang's port mapper (erlang.org/doc/apps/erts/epmd_cmd).
+PORT_MAPPER = 4369
 
 
 def versions(module: AnsibleModule, package: str) -> dict[str, str]:
@@ -26,6 +30,15 @@ def versions(module: AnsibleModule, package: str) -> dict[str, str]:
     _, out, _ = module.run_command(["apt-cache", "policy", package], environ_update={"LC_ALL": "C"})
     found = dict(re.findall(r"^ +(Installed|Candidate): ([0-9.]+)", out, re.MULTILINE))
     return {"installed": found.get("Installed", ""), "candidate": found.get("Candidate", "")}
+
+
+def port_mapper_listens() -> bool:
+    """Tell whether Erlang's port mapper answers, without which no node runs. Any command of RabbitMQ would start one beside systemd's."""
+    try:
+        socket.create_connection(("127.0.0.1", PORT_MAPPER), 5).close()
+    except OSError:
+        return False
+    return True
 
 
 def main() -> None:
@@ -45,7 +58,7 @@ def main() -> None:
         result |= versions(module, arguments["package"])
     if arguments["cookie_file"] and (cookie := Path(arguments["cookie_file"])).exists():
         result["cookie_differs"] = cookie.read_text().strip() != arguments["cookie"]
-    if status := Rabbit(module, arguments["node"]).status():
+    if port_mapper_listens() and (status := Rabbit(module, arguments["node"]).status()):
         result |= status | {"running": True}
     module.exit_json(changed=False, **result)
 
