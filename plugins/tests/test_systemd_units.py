@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import socketserver
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,3 +105,55 @@ def test_a_file_or_link_is_replaced_in_one_step_or_left_alone(tmp_path: Path) ->
     Path(f"{path}.new").write_text("half")
     assert replace_link(path, "other")
     assert os.listdir(tmp_path / "folder") == ["file"]
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[..., dict[str, Any]]]:
+    """Return a function that lets a server answer each connection with some bytes; it returns what `ready` would say of it."""
+    servers: list[socketserver.BaseServer] = []
+
+    def answer(data: bytes, path: str | None = None, unix: Path | None = None) -> dict[str, Any]:
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                if path:
+                    self.request.recv(1000)
+                self.request.sendall(data)
+
+        kind = socketserver.ThreadingUnixStreamServer if unix else socketserver.ThreadingTCPServer
+        server = kind(str(unix) if unix else ("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = None if unix else server.server_address[1]
+        return {"host": "127.0.0.1", "port": port, "socket": unix and str(unix), "path": path, "timeout": 1}
+
+    yield answer
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_what_answers_is_ready(answering: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    wrong = systemd_units.what_is_wrong
+    assert wrong(answering(b"")) == ""
+    assert wrong(answering(b"", unix=tmp_path / "socket")) == ""
+    assert wrong(answering(b"HTTP/1.1 200 OK\r\n\r\n", path="/-/ready")) == ""
+    assert wrong(answering(b"HTTP/1.1 503 Service Unavailable\r\n\r\n", path="/-/ready")) == (
+        "/-/ready answers HTTP/1.1 503 Service Unavailable"
+    )
+    assert wrong(answering(b"", path="/-/ready")) == "/-/ready answers nothing"
+    assert "refused" in wrong({"host": "127.0.0.1", "port": 1, "socket": None, "path": None})
+    assert "No such file" in wrong({"host": "127.0.0.1", "port": None, "socket": str(tmp_path / "none"), "path": None})
+
+
+def test_a_service_that_does_not_answer_fails_with_its_journal(answering: Callable[..., dict[str, Any]]) -> None:
+    class Module:
+        @staticmethod
+        def run_command(command: list[str]) -> tuple[int, str, str]:
+            return 0, f"the journal of {command[2]}", ""
+
+    systemd = systemd_units.Systemd(Module)
+    systemd.wait_until_ready("a.service", answering(b""))
+    with pytest.raises(
+        systemd_units.UnitError, match=r"(?s)a.service is not ready after 1 s: /x answers nothing.*the journal of a.service"
+    ):
+        systemd.wait_until_ready("a.service", answering(b"", path="/x"))
