@@ -21,7 +21,7 @@ import escape
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROLE = REPOSITORY / "roles" / "prometheus"
 RUNBOOKS = REPOSITORY / "docs" / "runbooks"
-FILES: list[str] = yaml.safe_load((ROLE / "vars/main.yml").read_text())["__prometheus_rule_files"]
+FILES = sorted(path.name.removesuffix(".yml.j2") for path in (ROLE / "templates/rules").glob("*.yml.j2"))
 SITE = {
     "ansible_managed": "Ansible managed",
     "prometheus_runbook_url": "https://ops1/prometheus/user/runbooks",
@@ -119,3 +119,7 @@ def test_each_alert_has_a_runbook_and_each_runbook_an_alert(tmp_path: Path) -> N
     for path in RUNBOOKS.glob("*.md"):
         headings = re.findall(r"^## (.+)$", path.read_text(), re.MULTILINE)
         assert path.stem == "README" or headings == ["What it means", "What users notice", "Look", "Do", "It is over"], path
+
+
+def test_the_role_writes_all_rules() -> None:
+    assert set(re.findall(r"template: rules/(\w+).yml.j2", (ROLE / "tasks/main.yml").read_text())) == set(FILES)

@@ -153,7 +153,5 @@ def test_a_service_that_does_not_answer_fails_with_its_journal(answering: Callab
 
     systemd = systemd_units.Systemd(Module)
     systemd.wait_until_ready("a.service", answering(b""))
-    with pytest.raises(
-        systemd_units.UnitError, match=r"(?s)not ready after 1 s: /x answers nothing.*the journal of a.service"
-    ):
+    with pytest.raises(systemd_units.UnitError, match=r"(?s)not ready after 1 s: /x answers nothing.*the journal of a.service"):
         systemd.wait_until_ready("a.service", answering(b"", path="/x"))
