@@ -67,6 +67,10 @@ new_release:
   description: Whether it has another release of the code than the current revision.
   returned: when state is not absent
   type: bool
+removed:
+  description: What an earlier run had written for the wanted revision, and this one does not want.
+  returned: when state is checked
+  type: list
 done:
   description: What was done with units, by name.
   returned: when state is active
@@ -157,9 +161,10 @@ class Site:
         self._current = os.path.join(self._top, "current")
         self._next = os.path.join(self._top, "next")
         self._paths = list(contents_of(self._next, module.params["contents"]))
-        if module.params["state"] == "checked" and not module.check_mode:
-            for path in set(contents_of(self._next, ["*"])) - set(self._paths):
-                os.unlink(os.path.join(self._next, path))
+        #: What an earlier run wrote, and this one does not want.
+        self.stale = sorted(set(contents_of(self._next, ["*"])) - set(self._paths)) if module.params["state"] == "checked" else []
+        for path in [] if module.check_mode else self.stale:
+            os.unlink(os.path.join(self._next, path))
         self.wanted = identity(self._next, self._paths)
 
     def folder(self, revision: str) -> str:
@@ -329,7 +334,7 @@ def work(module: AnsibleModule) -> dict[str, Any]:
     if state == "checked":
         if not module.check_mode:
             site.check()
-        return {"changed": False, **result}
+        return {"changed": bool(site.stale), "removed": site.stale, **result}
     if module.check_mode:
         done = site.would_do()
         return {"changed": site.wanted != site.running() or bool(done), "done": done, **result}

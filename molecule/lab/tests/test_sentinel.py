@@ -73,7 +73,7 @@ def test_a_check_tells_what_would_change_and_changes_nothing(cluster: Cluster) -
     pids = {name: node.show("redis-server", "MainPID") for name, node in cluster.nodes.items()}
     wanted = {"redis_maxmemory": "200mb", "redis_sentinel_down_after": 6000}
     changed = cluster.application.converge(ONLY_REDIS, "--check", "-e", json.dumps(wanted))["changed"]
-    assert set(changed) == {"redis : Write the settings of Redis", "redis_sentinel : Write the settings and the users of Sentinel"}
+    assert set(changed) == {"redis : Write the files of Redis", "redis_sentinel : Write the files of Sentinel"}
     assert {name: node.show("redis-server", "MainPID") for name, node in cluster.nodes.items()} == pids
     assert cluster.client("data1").config_get("maxmemory")["maxmemory"] != str(200 * 1024**2)
 

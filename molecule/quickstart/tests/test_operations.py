@@ -24,7 +24,8 @@ def test_a_check_of_a_new_worker_tells_what_would_change(node: Node) -> None:
     workers = [{"name": "all", "queues": ["critical", "default", "batch"]}]
     changed = node.converge("--check", "-e", json.dumps({"celery_worker_list": workers}))["changed"]
     assert "celery_worker : Write the workers' units" in changed
-    assert "celery_worker : Remove the units of workers that are no longer wanted" in changed
+    # The units of those that are no longer wanted.
+    assert "celery_app : Check that the application starts with its settings" in changed
     assert node.host.check_output("systemctl list-units 'celery-*' --plain --no-legend") == before
 
 
