@@ -20,10 +20,10 @@ STARTED := $(shell date +%s)
 part    = printf '%-52s %10s s\n' '$(1)' $$(($$(date +%s) - $(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help deploy demo status ssh environment secrets destroy test lint unit coverage molecule test-all drills docs clean
+.PHONY: help deploy demo status ssh environment secrets destroy test lint unit coverage molecule test-all drills bench-converge docs clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@echo "  ENV=<name> chooses inventories/<name> (now: $(ENV)); ARGS=… goes to ansible-playbook."
 
 # What was deployed is shown also if it does not work.
@@ -109,6 +109,11 @@ drills: $(VENV)/test ## Break a lab of six hosts again and again under a stream 
 	$(BIN)/ansible-playbook -i $(DRILLS) site.yml
 	DRILLS=full $(BIN)/pytest -v --ansible-inventory=$(DRILLS) --connection=ansible molecule/lab/tests; \
 	  passed=$$?; cat .lab/drills.txt; $(BIN)/ansible-playbook -i $(DRILLS) playbooks/lab.yml -e lab_state=absent; exit $$passed
+
+bench-converge: $(VENV)/test ## Time a run that changes nothing on a lab of six hosts, beside a play that only gathers facts
+	$(BIN)/ansible-playbook -i $(DRILLS) playbooks/lab.yml
+	$(BIN)/ansible-playbook -i $(DRILLS) site.yml
+	@$(BIN)/python molecule/bench.py $(DRILLS); wrong=$$?; $(BIN)/ansible-playbook -i $(DRILLS) playbooks/lab.yml -e lab_state=absent; exit $$wrong
 
 docs: $(VENV)/test ## Write the variables' tables in the roles' READMEs
 	@for role in roles/*/; do $(BIN)/aar-doc --output-template docs/role-variables.md.j2 $$role markdown; done
