@@ -143,6 +143,8 @@ class ActionModule(ActionBase):
         overrides = {"trim_blocks": True} | (ANGLE if entry["delimiters"] == "angle" else {})
         text = trust_as_template(self._loader.get_text_file_contents(str(found)))
         try:
-            return str(templar.template(text, escape_backslashes=False, overrides=overrides))
+            rendered = templar.template(text, escape_backslashes=False, overrides=overrides)
         except Exception as error:
             raise AnsibleActionFail(f"{entry['template']}, for {entry['path']}: {error}") from error
+        # Ansible has none for no text at all.
+        return "" if rendered is None else str(rendered)

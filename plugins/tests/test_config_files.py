@@ -200,6 +200,7 @@ def play(tmp_path: Path, tasks: list[list[dict[str, Any]]], *arguments: str) -> 
         "tasks/main.yml": yaml.safe_dump([{"config_files": {"files": files}, "ignore_errors": True} for files in tasks]),
         "templates/plain.j2": "{{ ansible_managed }}\n{{ word }} {{ own | default('none') }}\n{% if true %}\nlast\n{% endif %}\n",
         "templates/angle.j2": "{{ left }} << word >>\n",
+        "templates/empty.j2": "{% if false %}\nx\n{% endif %}\n",
         "templates/broken.j2": "{{ unknown }}",
         "files/some/a.txt": "a {{ word }}",
         "files/some/b.txt": "b",
@@ -223,6 +224,7 @@ def test_templates_are_rendered_and_secrets_are_shown_nowhere(tmp_path: Path) ->
     files = [
         {"path": f"{top}/plain", "template": "plain.j2", "vars": {"own": "{{ word }}!"}, **ME},
         {"path": f"{top}/angle", "template": "angle.j2", "delimiters": "angle", **ME},
+        {"path": f"{top}/empty", "template": "empty.j2", **ME},
         {"path": f"{top}/some", "source": "some", "only": True, **ME},
         {"path": f"{top}/texts", "contents": {"x": "{{ word }}"}, "mode": "0600", "directory_mode": "0700", **ME},
         {"path": f"{top}/secret", "content": SECRET, "secret": True, **ME},
@@ -239,6 +241,7 @@ def test_templates_are_rendered_and_secrets_are_shown_nowhere(tmp_path: Path) ->
     assert texts == {
         "plain": "Ansible managed\nW W!\nlast\n",
         "angle": "{{ left }} W\n",
+        "empty": "",
         "some/a.txt": "a {{ word }}",
         "some/b.txt": "b",
         "texts/x": "W",
