@@ -107,7 +107,7 @@ class Stream:
         # A file takes what nobody reads yet, however long it goes on.
         self.output = tempfile.NamedTemporaryFile("a")
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self.output, text=True)
-        first = wait_for("the first task of the stream", lambda: self.told()[:1])[0]["id"]
+        first = wait_for("the first task of the stream", lambda: self.told()[:1], seconds=60)[0]["id"]
         wait_for("the first task's end", lambda: first in self.ended(), seconds=60, every=0.5, why=lambda: unrest(self.workers))
         return self
 
