@@ -8,6 +8,7 @@ import string
 
 import jinja2
 import pytest
+from ansible.plugins.filter.core import combine, flatten
 from nodes import REPOSITORY, Node
 
 import escape
@@ -135,11 +136,11 @@ def test_the_sandbox_lets_the_application_do_what_is_allowed_and_tells_what_is_n
 
 def sandbox(allowed: list[str]) -> str:
     """Return the sandbox as the role writes it, for a service without settings and credentials."""
-    environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.ChainableUndefined)
-    environment.filters |= {**escape.FilterModule().filters(), "comment": str, "regex_replace": str}
-    text = (REPOSITORY / "roles/celery_app/templates/services.conf.j2").read_text()
+    folders = [REPOSITORY / "roles" / role / "templates" for role in ("celery_app", "common")]
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folders), trim_blocks=True, undefined=jinja2.ChainableUndefined)
+    environment.filters |= {**escape.FilterModule().filters(), "comment": str, "regex_replace": str, "combine": combine, "flatten": flatten}
     settings = {"celery_app_user": "celery", "celery_app_sandbox_allow": allowed}
-    lines = environment.from_string(text).render(settings).splitlines()
+    lines = environment.get_template("services.conf.j2").render(settings).splitlines()
     return "\n".join(line for line in lines if not line.startswith(("EnvironmentFile=", "WorkingDirectory="))) + "\n"
 
 
