@@ -1,4 +1,4 @@
-"""A real RabbitMQ for the tests."""
+"""A real RabbitMQ for the tests, and a Redis that goes and comes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,26 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+import redis
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 from sites import free_port
 from waiting import wait_for
+
+
+@contextmanager
+def lasting_redis(port: int, folder: Path) -> Iterator[None]:
+    """Run a Redis on a port of the loopback address until the block ends; the next one in the folder has what it had."""
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        with redis.Redis(port=port, retry=Retry(ConstantBackoff(0.1), 100)) as client:
+            client.ping()
+        yield
+        server.terminate()
 
 
 @pytest.fixture(scope="session")

@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import kombu.message
 import kombu.transport.redis
 import pytest
-import redis
+from brokers import lasting_redis
 from celery import Celery
-from redis.backoff import ConstantBackoff
-from redis.retry import Retry
 from sites import Site, free_port, wait_for
 
 from celery_platform import dead_letters, guards
@@ -427,26 +423,16 @@ def ends():
 """
     )
     port = free_port()
-
-    @contextmanager
-    def backend() -> Iterator[None]:
-        command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path)]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-            with redis.Redis(port=port, retry=Retry(ConstantBackoff(0.1), 100)) as client:
-                client.ping()
-            yield
-            server.terminate()  # It writes what it has.
-
     shop.set(result_backend=f"redis://127.0.0.1:{port}/1", max_runs="1", soft_time_limit="1", time_limit="2", visibility_timeout="3")
     app = shop.producer()
     options = ("--queues=default", "--pool=solo", "--without-mingle", "--without-gossip")
-    with backend(), shop.worker(*options) as worker:
+    with lasting_redis(port, tmp_path), shop.worker(*options) as worker:
         app.send_task("ends", task_id="ends")
         assert wait_for("the end of the worker", worker.poll) == -signal.SIGKILL
     with shop.worker(*options):
         wait_for("the second delivery", lambda: "was delivered 1 times and may still run" in shop.log() or store_of(app).list())
         assert store_of(app).list() == []
-        with backend():
+        with lasting_redis(port, tmp_path):
             wait_for("the end", lambda: "was delivered 1 times and has succeeded" in shop.log() and waiting(app) == 0)
     assert store_of(app).list() == []
     assert ran(shop) == {"ends": 1}

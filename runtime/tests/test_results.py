@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import redis
-from redis.backoff import ConstantBackoff
-from redis.retry import Retry
+from brokers import lasting_redis
 from sites import Site, free_port, wait_for
 
 SHOP = """
@@ -28,29 +24,18 @@ def slow():
 """
 
 
-@contextmanager
-def backend(port: int, folder: Path) -> Iterator[None]:
-    """Run a Redis that keeps what it has."""
-    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        with redis.Redis(port=port, retry=Retry(ConstantBackoff(0.1), 100)) as client:
-            client.ping()
-        yield
-        server.terminate()
-
-
 @pytest.mark.parametrize("pool", ["prefork", "solo"])
 def test_a_task_does_not_fail_while_the_result_backend_is_away(site: Site, redis_url: str, tmp_path: Path, pool: str) -> None:
     port = free_port()
     site.set(broker_url=f"{redis_url}/0", queues='["default"]', result_backend=f"redis://127.0.0.1:{port}/0")
     site.write(SHOP)
     app = site.producer()
-    with backend(port, tmp_path), site.worker("--queues=default", f"--pool={pool}"):
+    with lasting_redis(port, tmp_path), site.worker("--queues=default", f"--pool={pool}"):
         # Away when the first one ends, and when the second one begins.
         results = [app.send_task("slow"), app.send_task("slow")]
         wait_for("the first one's start", (site.folder / "started").exists)
         redis.Redis(port=port).shutdown()
         wait_for("tries", lambda: "Failed operation _store_result. Retrying" in site.log())
-        with backend(port, tmp_path):
+        with lasting_redis(port, tmp_path):
             assert [result.get(timeout=30) for result in results] == ["done", "done"]
     assert "dead letter" not in site.log()
