@@ -29,7 +29,7 @@ MOMENTS = [
     ("Write the workers' units", 0.5),
     ("Check that the application starts with its settings", 1),
     ("Switch to the wanted revision, and restart what was started with another one", 0.5),
-    ("Switch to the wanted revision, and restart what was started with another one", 1.5),
+    ("Switch to the wanted revision, and restart what was started with another one", 1),
 ]
 
 
