@@ -25,11 +25,11 @@ MOMENTS = [
     ("Build the release", 3),
     ("Build the release", 10),
     ("Write the wanted revision, log rotation and celery-exec", 0.5),
-    ("Write the wanted revision, log rotation and celery-exec", 1),
+    ("Write the wanted revision, log rotation and celery-exec", 0.2),
     ("Write the workers' units", 0.5),
     ("Check that the application starts with its settings", 1),
     ("Switch to the wanted revision, and restart what was started with another one", 0.5),
-    ("Switch to the wanted revision, and restart what was started with another one", 1),
+    ("Switch to the wanted revision, and restart what was started with another one", 1.5),
 ]
 
 
@@ -42,7 +42,9 @@ def kill_a_run(node: Node, settings: dict[str, object], task: str, seconds: floa
     run = subprocess.Popen(
         [Path(sys.executable).with_name("ansible-playbook"), "-i", node.inventory, "site.yml", "-e", json.dumps(settings)],
         cwd=REPOSITORY,
-        env=os.environ | {"ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "PYTHONUNBUFFERED": "1"},
+        # A task is named when it begins only if skipped ones are shown; else with its first result.
+        env=os.environ
+        | {"ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "ANSIBLE_DISPLAY_SKIPPED_HOSTS": "true", "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
