@@ -6,7 +6,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,30 @@ class Site:
                 except subprocess.TimeoutExpired:
                     worker.kill()
                     worker.wait()
+
+    @contextmanager
+    def flower(self, *arguments: str) -> Iterator[Callable[[str], str]]:
+        """Run Flower until the block ends; yield what returns a page, or nothing where there is none (yet); its log is `flower.log`."""
+        port = free_port()
+        monitor = "celery_platform.monitor:app"
+        command = [Path(sys.executable).with_name("celery"), "-A", monitor, "flower", "--address=127.0.0.1", f"--port={port}", *arguments]
+
+        def get(path: str) -> str:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=10) as answer:
+                    return str(answer.read().decode())
+            except OSError:
+                return ""
+
+        with (
+            (self.folder / "flower.log").open("wb") as log,
+            subprocess.Popen(command, env=os.environ | self.environment, cwd=self.folder, stdout=log, stderr=log) as flower,
+        ):
+            try:
+                wait_for("Flower", lambda: get("healthcheck"), seconds=60)
+                yield get
+            finally:
+                flower.kill()
 
     def log(self) -> str:
         """Return what all workers so far printed."""

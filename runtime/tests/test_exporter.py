@@ -474,38 +474,17 @@ def test_kombu_may_clean_up_after_monitors_that_were_killed(sites: tuple[Site, S
 @pytest.mark.parametrize("sites", ["redis"], indirect=True)
 def test_flower_works_with_the_rights_of_monitoring(sites: tuple[Site, Site]) -> None:
     shop, monitor = sites
-    port = free_port()
-    command = [Path(sys.executable).with_name("celery"), "-A", "celery_platform.monitor:app", "flower", f"--port={port}", "--read-only"]
-    environment = os.environ | monitor.environment
-
-    def get(path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=10) as answer:
-            return str(answer.read().decode())
-
-    def answers() -> bool:
-        try:
-            return bool(get("healthcheck"))
-        except OSError:
-            return False
-
-    log = monitor.folder / "flower.log"
-    with (
-        shop.worker("--hostname=one@here", "--queues=default"),
-        log.open("wb") as out,
-        subprocess.Popen([*command, "--address=127.0.0.1"], env=environment, cwd=monitor.folder, stdout=out, stderr=out) as flower,
-    ):
-        try:
-            wait_for("Flower", answers)
-            shop.producer().send_task("works", task_id="seen")
-            wait_for("the worker", lambda: "one@here" in get("workers?json=1"))
-            wait_for("the task", lambda: "works" in get("task/seen"))
-            assert "default" in get("worker/one@here")
-            assert "default" in get("broker")
-            # It says every five seconds that workers are to send events.
-            time.sleep(6)
-        finally:
-            flower.kill()
-    assert "Error" not in log.read_text(), log.read_text()
+    with shop.worker("--hostname=one@here", "--queues=default"), monitor.flower("--read-only") as get:
+        # It listens before it reads events, and a task's events are not repeated: a worker's heartbeat says when it does.
+        wait_for("the worker", lambda: "one@here" in get("workers?json=1"))
+        shop.producer().send_task("works", task_id="seen")
+        wait_for("the task", lambda: "works" in get("task/seen"))
+        assert "default" in get("worker/one@here")
+        assert "default" in get("broker")
+        # It says every five seconds that workers are to send events.
+        time.sleep(6)
+    log = (monitor.folder / "flower.log").read_text()
+    assert "Error" not in log, log
 
 
 # --- Who asks ---

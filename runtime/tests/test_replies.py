@@ -143,38 +143,12 @@ def test_no_command_answers_with_a_secret(shop: Site, pool: str) -> None:
 
 @pytest.mark.parametrize("shop", ["sentinel"], indirect=True)
 def test_flower_shows_no_secret(shop: Site) -> None:
-    port = free_port()
-    command = [
-        Path(sys.executable).with_name("celery"),
-        "-A",
-        "celery_platform.monitor:app",
-        "flower",
-        f"--port={port}",
-        "--address=127.0.0.1",
-    ]
-    environment = os.environ | shop.environment | {"FLOWER_UNAUTHENTICATED_API": "true"}
-
-    def get(path: str) -> str:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=10) as answer:
-                return str(answer.read().decode())
-        except OSError:
-            return ""
-
-    log = shop.folder / "flower.log"
-    with (
-        shop.worker("--hostname=one@here", "--queues=default"),
-        log.open("wb") as out,
-        subprocess.Popen(command, env=environment, cwd=shop.folder, stdout=out, stderr=out) as flower,
-    ):
-        try:
-            wait_for("Flower", lambda: get("healthcheck"))
-            api = wait_for("the worker's answers", lambda: (text := get("api/workers?refresh=1")) and "sentinel_kwargs" in text and text)
-            pages = {path: wait_for(path, lambda path=path: get(path)) for path in ("worker/one@here", "broker", "workers", "tasks", "")}
-        finally:
-            flower.kill()
+    shop.environment["FLOWER_UNAUTHENTICATED_API"] = "true"
+    with shop.worker("--hostname=one@here", "--queues=default"), shop.flower() as get:
+        api = wait_for("the worker's answers", lambda: (text := get("api/workers?refresh=1")) and "sentinel_kwargs" in text and text)
+        pages = {path: wait_for(path, lambda path=path: get(path)) for path in ("worker/one@here", "broker", "workers", "tasks", "")}
     assert "sentinel_kwargs" in pages["worker/one@here"]
-    shown = pages | {"api": api, "log": log.read_text()}
+    shown = pages | {"api": api, "log": (shop.folder / "flower.log").read_text()}
     assert {name: found for name, text in shown.items() if (found := leaks(text))} == {}
 
 
