@@ -33,6 +33,11 @@ options:
     description: What is written into C(.complete).
     type: str
     default: ""
+  link:
+    description:
+      - Link that is to lead to the release's virtual environment. Releases beside it are removed then, but the latest of them, which
+        services run until they are restarted. Without it, another module chooses what runs.
+    type: path
 author: Celery Platform
 """
 
@@ -308,6 +313,32 @@ def _build(path: Path, archive: Path, group: str, mode: str, note: str) -> list[
     return release.warnings
 
 
+def choose(path: Path, link: Path, check: bool) -> bool:
+    """Let a link lead to a release's environment, and remove the releases beside it but the latest; tell whether anything was to do.
+
+    Args:
+        path: folder of the release.
+        link: the link; it is relative, and replaced in one step.
+        check: only find what would be done.
+
+    Raises:
+        OSError: if the link cannot be written, or a folder not removed.
+    """
+    target = os.path.relpath(path / "venv", link.parent)
+    others = [folder for folder in path.parent.glob("[!.]*/") if folder != path and not folder.is_symlink()]
+    stale = sorted(others, key=lambda folder: folder.stat().st_mtime)[:-1]
+    differs = not link.is_symlink() or os.readlink(link) != target
+    if not check:
+        if differs:
+            new = link.with_name(f".{link.name}.new")
+            new.unlink(missing_ok=True)
+            new.symlink_to(target)
+            new.replace(link)
+        for folder in stale:
+            shutil.rmtree(folder)
+    return differs or bool(stale)
+
+
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
@@ -317,23 +348,23 @@ def main() -> None:
             "group": {"type": "str", "default": "root"},
             "mode": {"type": "str", "default": "0750"},
             "note": {"type": "str", "default": "", "no_log": False},
+            "link": {"type": "path"},
         },
         supports_check_mode=True,
     )
     if MISSING:
         module.fail_json(msg=missing_required_lib("packaging"), exception=MISSING)
-    path = Path(module.params["path"])
-    if (path / ".complete").exists():
-        module.exit_json(changed=False, path=str(path))
-    if module.check_mode:
-        module.exit_json(changed=True, path=str(path))
+    path, link = Path(module.params["path"]), module.params["link"]
+    changed = not (path / ".complete").exists()
     try:
-        warnings = build(path, *(Path(module.params["archive"]), *(module.params[name] for name in ("group", "mode", "note"))))
+        if changed and not module.check_mode:
+            for warning in build(path, Path(module.params["archive"]), *(module.params[name] for name in ("group", "mode", "note"))):
+                module.warn(warning)
+        if link:
+            changed |= choose(path, Path(link), module.check_mode)
     except (BuildError, OSError, tarfile.TarError) as error:
         module.fail_json(msg=f"cannot build the release, and nothing was switched: {error}")
-    for warning in warnings:
-        module.warn(warning)
-    module.exit_json(changed=True, path=str(path))
+    module.exit_json(changed=changed, path=str(path))
 
 
 if __name__ == "__main__":

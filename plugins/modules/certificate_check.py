@@ -49,6 +49,10 @@ older_than_ca:
   description: Whether the file of the CAs was written after the certificate.
   returned: always
   type: bool
+key_file:
+  description: C(owner), C(group) and C(mode) of the key, as C(root), C(ssl-cert) and C(0640). Unset if there is none.
+  returned: always
+  type: dict
 shown:
   description: Whether the service shows this very certificate. Unset if it does not answer, or I(service) is unset.
   returned: always
@@ -60,8 +64,10 @@ content:
 """
 
 import grp
+import pwd
 import socket
 import ssl
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -112,6 +118,22 @@ def readable_by(group: str, path: Path) -> bool:
     """Tell whether a process that has only this group beyond `nobody` can read a file. Needs root."""
     test = ["/usr/bin/test", "-r", path]
     return subprocess.run(test, user="nobody", group="nogroup", extra_groups=[group]).returncode == 0  # noqa: S603
+
+
+def describe(key: Path) -> dict[str, str] | None:
+    """Return whose file a key is, and its mode; None if there is none. Who has no name has a number."""
+    if not key.is_file():
+        return None
+    about = key.stat()
+    try:
+        owner = pwd.getpwuid(about.st_uid).pw_name
+    except KeyError:
+        owner = str(about.st_uid)
+    try:
+        group = grp.getgrgid(about.st_gid).gr_name
+    except KeyError:
+        group = str(about.st_gid)
+    return {"owner": owner, "group": group, "mode": f"{stat.S_IMODE(about.st_mode):04o}"}
 
 
 def check_key(key: Path, group: str | None) -> str:
@@ -212,6 +234,7 @@ def main() -> None:
             problems=problems,
             days_left=days_left,
             older_than_ca=certificate.is_file() and ca.is_file() and certificate.stat().st_mtime < ca.stat().st_mtime,
+            key_file=describe(key),
             shown=shows(service, certificate, key) if service and certificate.is_file() else None,
             content=certificate.read_text() if certificate.is_file() else "",
         )

@@ -268,3 +268,26 @@ def test_a_build_of_a_killed_run_that_goes_on_is_waited_for(tmp_path: Path) -> N
     waits.join(10)
     assert not waits.is_alive()
     assert list(release.iterdir()) == [release / ".complete"]
+
+
+def test_a_link_chooses_the_release_and_the_one_before_stays(tmp_path: Path) -> None:
+    link = tmp_path / "venv"
+    for age, name in enumerate(("three", "two", "one"), 1):
+        (tmp_path / "releases" / name / "venv").mkdir(parents=True)
+        os.utime(tmp_path / "releases" / name, times=(1000 - age, 1000 - age))
+
+    def choose(name: str, check: bool = False) -> bool:
+        return celery_build.choose(tmp_path / "releases" / name, link, check)
+
+    assert choose("two", check=True)
+    assert not link.is_symlink()
+    assert choose("two")
+    assert os.readlink(link) == "releases/two/venv"
+    assert sorted(os.listdir(tmp_path / "releases")) == ["three", "two"]
+    assert not choose("two")
+
+    # Back to the one before.
+    assert choose("three", check=True)
+    assert choose("three")
+    assert os.readlink(link) == "releases/three/venv"
+    assert sorted(os.listdir(tmp_path / "releases")) == ["three", "two"]

@@ -14,7 +14,7 @@ import pytest
 from authority import Authority, Issued
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from certificate_check import check, shows
+from certificate_check import check, describe, shows
 
 NAMES = ["data1", "localhost", "192.0.2.1"]
 AUTHORITY = Authority()
@@ -139,6 +139,16 @@ def test_a_group_that_does_not_exist_is_told(files: Files) -> None:
     problems, _ = files.check(group="no-such-group")
 
     assert problems == {"key": "cannot be given to the group no-such-group, which the host does not have"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_whose_the_key_is_is_told(files: Files) -> None:
+    os.chown(files.key, 1, 4242)
+    files.key.chmod(0o4640)
+    assert describe(files.key) == {"owner": "daemon", "group": "4242", "mode": "4640"}
+
+    files.key.unlink()
+    assert describe(files.key) is None
 
 
 class Server(TCPServer):
