@@ -18,7 +18,7 @@ from nodes import REPOSITORY, Node, wait_for
 from targets import FULL
 
 #: Where the stream's tasks wait, and the service that runs them.
-QUEUE, WORKER = "critical", "celery-worker@critical"
+QUEUE, WORKER = "critical", "celery-orders-worker@critical"
 #: How often a broker is killed, and the workers of all hosts.
 BROKERS_KILLED = 5 if FULL else 1
 WORKERS_KILLED = 20 if FULL else 5
@@ -125,7 +125,7 @@ class Stream:
         """Return when each task ended, as often as it did, by the workers' logs."""
         found: dict[str, list[float]] = {}
         for node in self.workers:
-            lines = node.host.check_output(r"zgrep -hE '\] succeeded' /var/log/celery/*.log* || true")
+            lines = node.host.check_output(r"zgrep -hE '\] succeeded' /var/log/celery/orders/*.log* || true")
             for line in lines.splitlines():
                 if id := re.search(r"([0-9a-f-]{36})\] succeeded", line):
                     found.setdefault(id[1], []).append(datetime.fromisoformat(line.split()[0]).timestamp())

@@ -12,11 +12,21 @@ description:
   - To activate a revision, it is copied to C(revisions/<digest>), C(current) is pointed to it in one step, and services that
     were started with anything else are restarted one after the other. If one does not come up, C(current) is pointed back, and
     the services run as before.
+  - A host of the layout before applications had folders of their own is moved over when its first revision is activated. Its
+    services finish their tasks; schedule, logs and state go along.
 options:
+  application:
+    description: Name of the application, which its units and its folder carry. Needed unless I(state) is C(absent).
+    type: str
   path:
-    description: Folder that holds C(next), C(revisions) and C(current).
+    description: Folder that holds a folder for each application, in which are C(next), C(revisions) and C(current).
     type: path
     default: /etc/celery
+  keep:
+    description: For C(absent), names of the applications that stay.
+    type: list
+    elements: str
+    default: []
   contents:
     description: For C(checked), names in C(next), with globs, that belong to the revision. What an earlier run left besides is removed.
     type: list
@@ -25,7 +35,7 @@ options:
   state:
     description: >-
       C(checked) runs I(check_command) if the wanted revision is another than the current one; C(active) makes it the current
-      one; C(absent) stops the services and removes the units and all revisions.
+      one; C(absent) stops the services of all applications but those of I(keep), and removes their units and all revisions.
     type: str
     choices: [checked, active, absent]
     default: active
@@ -41,8 +51,16 @@ options:
     description: How many releases are kept besides those of kept revisions, the newest ones, to go back to.
     type: int
     default: 3
+  writable_paths:
+    description: For C(active), folders that the services may write to. What is in them of the user of the earlier layout gets the new one.
+    type: list
+    elements: path
+    default: []
+  user:
+    description: For C(active), the user that the services run as.
+    type: str
   links:
-    description: Links to what is in the current revision. Where a file or folder of an earlier layout is, it is replaced.
+    description: Links to what is in the current revision.
     type: list
     elements: dict
     default: []
@@ -52,7 +70,7 @@ options:
         type: path
         required: true
       to:
-        description: What it points to, a path in I(path)/current.
+        description: What it points to, a path in the current revision.
         type: str
         required: true
 author: Celery Platform
@@ -68,8 +86,8 @@ new_release:
   returned: when state is not absent
   type: bool
 removed:
-  description: What an earlier run had written for the wanted revision, and this one does not want.
-  returned: when state is checked
+  description: What an earlier run had written for the wanted revision, and this one does not want. If C(absent), the applications.
+  returned: when state is checked or absent
   type: list
 done:
   description: What was done with units, by name.
@@ -80,6 +98,8 @@ done:
 import fnmatch
 import glob
 import os
+import pwd
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,8 +110,8 @@ from ansible.module_utils.systemd_units import UNITS, Systemd, UnitError, digest
 
 #: What a release is linked by in a revision.
 RELEASE = "release"
-#: Names of units of an application, with globs.
-OWN_UNITS = ("celery-worker@*.service", "celery-beat.service")
+#: Folders of services beside /etc/celery, in which each application has its own.
+STATE = ("/var/lib/celery", "/var/lib/celery-beat", "/var/log/celery")
 #: Lines of a failed check that are shown.
 CHECK_LINES = 20
 #: Seconds that a check may take.
@@ -151,13 +171,108 @@ def copy(source: str, paths: list[str], target: str) -> None:
     os.rename(partial, target)
 
 
+def remove(*paths: str) -> None:
+    """Remove files, links and folders with all that is in them, if they are there."""
+    for path in paths:
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        elif os.path.lexists(path):
+            os.unlink(path)
+
+
+def linked_units(application: str) -> list[str]:
+    """Return the names of all units of an application that systemd has; those of the earlier layout, if it is ''."""
+    prefix = f"celery-{glob.escape(application)}-" if application else "celery-"
+    return sorted(os.path.basename(path) for kind in ("worker@*", "beat") for path in glob.glob(f"{UNITS}/{prefix}{kind}.service"))
+
+
+class Earlier:
+    """The one application of a host's earlier layout, in which neither folders nor units had its name."""
+
+    def __init__(self, top: str, systemd: Systemd) -> None:
+        self._top = top
+        self._systemd = systemd
+        self._current = os.path.join(top, "current")
+
+    def is_here(self) -> bool:
+        """Tell whether this host still has it."""
+        return os.path.islink(self._current)
+
+    def move(self, application: str, user: str, releases: str, writable_paths: list[str]) -> None:
+        """Stop its services, which finish their tasks, and give what they left to the application.
+
+        A call after an interrupted one goes on.
+
+        Args:
+            application: name of the application.
+            user: whom its services run as.
+            releases: folder of its releases. The earlier one is removed if it is another one.
+            writable_paths: folders in which files of the earlier user become the new one's.
+
+        Raises:
+            UnitError: if a service does not stop.
+            OSError: if something cannot be moved.
+        """
+        units = linked_units("")
+        # All at once: each waits for its own tasks.
+        self._systemd("stop", *units)
+        for unit in units:
+            self._systemd.remove(unit)
+        for folder in STATE:
+            self._move_below(folder, application)
+        self._give(writable_paths, user)
+        home = os.path.dirname(os.path.dirname(os.path.realpath(os.path.join(self._current, RELEASE))))
+        if os.path.basename(home) and os.path.realpath(releases) != os.path.join(home, "releases"):
+            remove(os.path.join(home, "releases"), os.path.join(home, "current"))
+        remove(f"{UNITS}/celery-.service.d", f"{UNITS}/celery-next-.service.d", "/etc/logrotate.d/celery")
+        remove(*(os.path.join(self._top, name) for name in ("celery.env", "credentials", "next", "revisions", "current")))
+
+    @staticmethod
+    def _move_below(folder: str, application: str) -> None:
+        """Move all that is in a folder into the application's folder in it; systemd gives that to its user at the next start."""
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        own = os.path.join(folder, application)
+        # What is root's already was moved, or is the new layout's.
+        if not names or os.stat(folder).st_uid == 0:
+            return
+        os.makedirs(own, mode=0o700, exist_ok=True)
+        for name in names:
+            if name != application:
+                os.rename(os.path.join(folder, name), os.path.join(own, name))
+        # As systemd makes a folder in which services have theirs.
+        os.chmod(folder, 0o755)  # noqa: S103
+        os.chown(folder, 0, 0)
+
+    def _give(self, paths: list[str], user: str) -> None:
+        """Give what is the earlier user's in folders to the new one."""
+        about = re.search(r"^User=(\S+)$", self._drop_in(), re.MULTILINE)
+        if not about or about[1] == user:
+            return
+        old, new = pwd.getpwnam(about[1]), pwd.getpwnam(user)
+        for top in paths:
+            for folder, folders, files in os.walk(top):
+                for path in (folder, *(os.path.join(folder, name) for name in folders + files)):
+                    owner = os.lstat(path)
+                    if owner.st_uid == old.pw_uid:
+                        os.chown(path, new.pw_uid, new.pw_gid if owner.st_gid == old.pw_gid else -1, follow_symlinks=False)
+
+    def _drop_in(self) -> str:
+        path = os.path.join(self._current, "platform.conf")
+        if not os.path.exists(path):
+            return ""
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+
+
 class Site:
     """The revisions of an application on this host."""
 
     def __init__(self, module: AnsibleModule, systemd: Systemd) -> None:
         self._module = module
         self._systemd = systemd
-        self._top = module.params["path"]
+        self.application = module.params["application"]
+        self.earlier = Earlier(module.params["path"], systemd)
+        self._top = os.path.join(module.params["path"], self.application)
         self._current = os.path.join(self._top, "current")
         self._next = os.path.join(self._top, "next")
         self._paths = list(contents_of(self._next, module.params["contents"]))
@@ -183,13 +298,7 @@ class Site:
         """Return the names of the units of a revision: workers before beat, which sends to them."""
         folder = os.path.join(self.folder(revision), "units")
         names = os.listdir(folder) if revision and os.path.isdir(folder) else []
-        return sorted(names, key=lambda name: (name == "celery-beat.service", name))
-
-    def linked_units(self) -> list[str]:
-        """Return the names of all units of the application that systemd has."""
-        return sorted(
-            os.path.basename(path) for path in glob.glob(f"{UNITS}/celery-worker@*.service") + glob.glob(f"{UNITS}/celery-beat.service")
-        )
+        return sorted(names, key=lambda name: (name.endswith("-beat.service"), name))
 
     def check(self) -> None:
         """Run the check of the wanted revision.
@@ -205,30 +314,10 @@ class Site:
             lines = (out + error).strip().splitlines()[-CHECK_LINES:]
             raise UnitError("The application does not start with its settings; nothing was changed in what runs.\n" + "\n".join(lines))
 
-    def adopt(self) -> None:
-        """Make a revision of a host's earlier layout, in which files stood where there are links now."""
-        if self.running() or not os.path.isfile(f"{self._top}/celery.env"):
-            return
-        folder = self.folder("earlier")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.makedirs(f"{folder}/units", mode=0o755)
-        shutil.copy2(f"{self._top}/celery.env", folder)
-        with closed_to_others():
-            shutil.copytree(f"{self._top}/credentials", f"{folder}/credentials")
-        shutil.copy2(f"{UNITS}/celery-.service.d/platform.conf", folder)
-        for unit in self.linked_units():
-            shutil.copy2(f"{UNITS}/{unit}", f"{folder}/units")
-        release = next(link["path"] for link in self._module.params["links"] if link["to"] == RELEASE)
-        os.symlink(os.path.realpath(release), f"{folder}/{RELEASE}")
-        replace_link(self._current, "revisions/earlier")
-
     def link(self) -> None:
         """Point the names by which all is known outside to the current revision."""
         for link in self._module.params["links"]:
-            path = link["path"]
-            if os.path.isdir(path) and not os.path.islink(path):
-                shutil.rmtree(path)
-            replace_link(path, os.path.join(self._current, link["to"]))
+            replace_link(link["path"], os.path.join(self._current, link["to"]))
 
     def switch(self, revision: str) -> dict[str, str]:
         """Make a revision the current one, and let all services run with it; return what was done, by unit.
@@ -237,7 +326,7 @@ class Site:
             UnitError: if a unit does not come up.
         """
         units = self.units(revision)
-        gone = [unit for unit in self.linked_units() if unit not in units]
+        gone = [unit for unit in linked_units(self.application) if unit not in units]
         for unit in gone:
             # It is stopped last, by which time others take its tasks, and as its own file wants it.
             for path in sorted(glob.glob(f"{self.folder('*')}/units/{glob.escape(unit)}")):
@@ -294,29 +383,38 @@ class Site:
         for name in set(os.listdir(top)) - keep:
             shutil.rmtree(os.path.join(top, name), ignore_errors=True)
         releases = self._module.params["releases"]
-        if releases:
+        if os.path.isdir(releases):
             used = {os.path.realpath(path) for path in glob.glob(f"{top}/*/{RELEASE}")}
             others = {path for path in glob.glob(f"{os.path.realpath(releases)}/*") if os.path.isdir(path)} - used
             for path in sorted(others, key=os.path.getmtime, reverse=True)[self._module.params["keep_releases"] :]:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def remove(self, check: bool) -> bool:
-        """Stop all services and remove units, revisions and links; False if nothing was there."""
-        present = bool(self.linked_units() or self.running())
-        if present and not check:
-            for unit in self.linked_units():
-                self._systemd.remove(unit)
-            for path in [*(link["path"] for link in self._module.params["links"]), self._current]:
-                if os.path.islink(path):
-                    os.unlink(path)
-            shutil.rmtree(os.path.join(self._top, "revisions"), ignore_errors=True)
-            shutil.rmtree(self._next, ignore_errors=True)
-        return present
-
     def _shared(self, revision: str) -> str:
         """Return a digest of what all services of a revision share: all but their units."""
         folder = self.folder(revision)
         return identity(folder, [path for path in contents_of(folder, ["*"]) if not path.startswith("units/")])
+
+
+def remove_others(top: str, keep: list[str], systemd: Systemd, check: bool) -> list[str]:
+    """Stop and remove all applications of this host but some; return their names. Their state and their logs stay.
+
+    Raises:
+        UnitError: if a unit does not stop.
+        OSError: if something cannot be removed.
+    """
+    names = [os.path.basename(os.path.dirname(path)) for path in sorted(glob.glob(f"{top}/*/revisions"))]
+    gone = [name for name in names if name not in keep]
+    for name in [] if check else gone:
+        for unit in linked_units(name):
+            systemd.remove(unit)
+        release = os.path.realpath(os.path.join(top, name, "current", RELEASE))
+        remove(
+            os.path.join(os.path.dirname(os.path.dirname(release)), "current"),
+            *(f"{UNITS}/celery-{name}-{part}.service.d" for part in ("", "next-")),
+            f"/etc/logrotate.d/celery-{name}",
+            os.path.join(top, name),
+        )
+    return gone
 
 
 def work(module: AnsibleModule) -> dict[str, Any]:
@@ -326,20 +424,24 @@ def work(module: AnsibleModule) -> dict[str, Any]:
         UnitError: if the check fails or a unit does not come into its state.
         OSError: if a file cannot be written.
     """
-    site = Site(module, Systemd(module))
+    systemd = Systemd(module)
     state = module.params["state"]
     if state == "absent":
-        return {"changed": site.remove(module.check_mode)}
+        gone = remove_others(module.params["path"], module.params["keep"], systemd, module.check_mode)
+        return {"changed": bool(gone), "removed": gone}
+    site = Site(module, systemd)
     result = {"revision": site.wanted, "new_release": site.new_release()}
     if state == "checked":
         if not module.check_mode:
             site.check()
         return {"changed": bool(site.stale), "removed": site.stale, **result}
+    earlier = site.earlier.is_here()
     if module.check_mode:
         done = site.would_do()
-        return {"changed": site.wanted != site.running() or bool(done), "done": done, **result}
-    site.adopt()
-    changed = site.wanted != site.running()
+        return {"changed": earlier or site.wanted != site.running() or bool(done), "done": done, **result}
+    if earlier:
+        site.earlier.move(*(module.params[name] for name in ("application", "user", "releases", "writable_paths")))
+    changed = earlier or site.wanted != site.running()
     done = site.activate()
     return {"changed": changed or bool(done), "done": done, **result}
 
@@ -348,12 +450,16 @@ def main() -> None:
     """Run the module."""
     module = AnsibleModule(
         argument_spec={
+            "application": {"type": "str"},
             "path": {"type": "path", "default": "/etc/celery"},
+            "keep": {"type": "list", "elements": "str", "default": []},
             "contents": {"type": "list", "elements": "str", "default": ["*"]},
             "state": {"type": "str", "choices": ["checked", "active", "absent"], "default": "active"},
             "check_command": {"type": "list", "elements": "str", "default": []},
             "releases": {"type": "path"},
             "keep_releases": {"type": "int", "default": 3},
+            "user": {"type": "str"},
+            "writable_paths": {"type": "list", "elements": "path", "default": []},
             "links": {
                 "type": "list",
                 "elements": "dict",
@@ -361,6 +467,7 @@ def main() -> None:
                 "options": {"path": {"type": "path", "required": True}, "to": {"type": "str", "required": True}},
             },
         },
+        required_if=[("state", "checked", ["application"]), ("state", "active", ["application", "releases", "user"])],
         supports_check_mode=True,
     )
     result_of(module, lambda: work(module))

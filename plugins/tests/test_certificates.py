@@ -25,7 +25,9 @@ PROFILE = {
         pytest.param({"subject_alt_name": ["DNS:app1"]}, ["subject_alt_name"], id="a name less"),
         pytest.param({"subject_alt_name": None}, ["subject_alt_name"], id="no names"),
         pytest.param({"subject_ordered": [["commonName", "app1"], ["commonName", "app2"]]}, ["subject_ordered"], id="another name"),
-        pytest.param({"subject_ordered": [], "basic_constraints_critical": False}, ["basic_constraints_critical", "subject_ordered"], id="two"),
+        pytest.param(
+            {"subject_ordered": [], "basic_constraints_critical": False}, ["basic_constraints_critical", "subject_ordered"], id="two"
+        ),
     ],
 )
 def test_a_certificate_is_compared_with_its_profile(other: dict[str, Any], differences: list[str]) -> None:

@@ -494,7 +494,7 @@ def test_ssh_reads_back_names_of_files(tmp_path: Path) -> None:
 
 
 def test_logrotate_takes_the_file(tmp_path: Path) -> None:
-    text = render("celery_app/logrotate.j2", celery_app_user="root").replace("/var/log/celery/", f"{tmp_path}/")
+    text = render("celery_app/logrotate.j2", celery_app_user="root", __celery_app_logs=str(tmp_path))
     (tmp_path / "logrotate.conf").write_text(text)
     (tmp_path / "a.log").write_text("line\n")
 
@@ -529,6 +529,7 @@ SYNTAXES: dict[str, set[str]] = {
 PLAIN = {
     # The roles' preflights allow letters, digits and a few signs; numbers; or one of a few words.
     *("celery_app_home", "celery_app_name", "celery_app_user", "pki_group", "rabbitmq_plugins"),
+    *("__celery_app_logs", "__celery_app_state", "__celery_app_units"),
     *("celery_app_settings.log_level", "celery_app_settings.redis_transport", "worker.pool", "user.name", "name"),
     *("worker.concurrency", "worker.cpu_weight", "worker.max_memory_per_child", "worker[]", "item.port", "database"),
     # plugins/filter/flows.py has checked them; inetrc and epmd.conf test for an IPv4 address.

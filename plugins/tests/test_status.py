@@ -14,7 +14,7 @@ from status import site_status
 def unit(**properties: str) -> dict[str, str]:
     """Return a worker that runs, with some properties changed."""
     running = {
-        "Id": "celery-worker@batch.service",
+        "Id": "celery-orders-worker@batch.service",
         "LoadState": "loaded",
         "ActiveState": "active",
         "SubState": "running",
@@ -79,7 +79,7 @@ def queues(*rows: tuple[str, int, int], dead: int = 0) -> dict[str, Any]:
     return {"rc": 0, "stdout": json.dumps({"queues": named, "dead_letters": dead})}
 
 
-GOOD = {"name": "celery-beat", "state": "running", "what": "Next task in 10 s", "wrong": False}
+GOOD = {"name": "celery-orders-beat", "state": "running", "what": "Next task in 10 s", "wrong": False}
 
 
 def test_a_site_in_order_is_a_table_without_problems() -> None:
@@ -93,7 +93,7 @@ def test_a_site_in_order_is_a_table_without_problems() -> None:
     assert status["problems"] == []
     assert [line.split() for line in status["table"].splitlines()] == [
         ["HOST", "SERVICE", "STATE", "WHAT"],
-        ["app1", "celery-beat", "running", "Next", "task", "in", "10", "s"],
+        ["app1", "celery-orders-beat", "running", "Next", "task", "in", "10", "s"],
         ["app1", "certificate", "valid", "9", "days", "left"],
         [],
         ["QUEUE", "WAITING", "CONSUMERS"],
@@ -111,7 +111,7 @@ def test_each_thing_that_is_wrong_stands_out() -> None:
     }
     status = site_status(hostvars, ["app1", "app2", "data1"], ["app1", "app2"])
     assert status["problems"] == [
-        "celery-beat on app1 is failed",
+        "celery-orders-beat on app1 is failed",
         "certificate on app1 is refused",
         "certificate on app2 is refused",
         "queue default has 3 tasks and no consumer",

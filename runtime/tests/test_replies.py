@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,7 @@ from urllib.parse import quote
 import pytest
 from celery.worker.control import Panel
 from sentinels import MASTER, Servers
-from sites import Site, free_port, wait_for
+from sites import Site, wait_for
 
 from celery_platform.replies import without_secrets
 

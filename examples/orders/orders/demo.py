@@ -54,7 +54,7 @@ def main() -> int:
         table.add_row(queue, str(len(results)), str(len(succeeded)), str(len(failed)), example)
     console.print(table)
     if lost:
-        console.print(f"[red]{lost} tasks have no result after {SECONDS_TO_WAIT} s.[/red] Look at: journalctl -u 'celery-worker@*'")
+        console.print(f"[red]{lost} tasks have no result after {SECONDS_TO_WAIT} s.[/red] Look at: journalctl -u 'celery-orders-worker@*'")
         return 1
     console.print(f"First result after {first_result:.1f} s, all {sum(map(len, sent.values()))} after {time.monotonic() - started:.1f} s.")
     return 0

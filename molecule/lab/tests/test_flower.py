@@ -165,9 +165,9 @@ def test_a_new_password_holds_at_once_and_the_old_one_no_longer(flower: Flower) 
 def test_it_changes_nothing(cluster: RabbitCluster, flower: Flower, action: str) -> None:
     worker = f"celery@default.{cluster.application.variables['inventory_hostname']}"
     wait_for("the worker", lambda: worker in flower.workers(), seconds=30)
-    before = pid(cluster.application, "celery-worker@default")
+    before = pid(cluster.application, "celery-orders-worker@default")
     assert flower.ask(f"/flower/api/{action.format(worker=worker)}", "POST") == (403, "Read only mode is enabled")
-    assert pid(cluster.application, "celery-worker@default") == before
+    assert pid(cluster.application, "celery-orders-worker@default") == before
 
 
 def test_secrets_are_where_only_root_and_its_service_read_them(flower: Flower) -> None:

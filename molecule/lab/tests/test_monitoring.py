@@ -289,19 +289,19 @@ def test_what_breaks_is_told_of_and_that_it_is_over(cluster: RabbitCluster, webh
         cluster.application.converge(*certificate, "-e", json.dumps({"pki_certificate_days": 2, "pki_renew_days": 1, "pki_replace": True}))
         data["data3"].host.check_output(f"systemctl stop {SERVICE}")
         data["data1"].host.check_output("systemctl stop prometheus-redis-exporter")
-        app[1].host.check_output("systemctl stop celery-worker@default")
+        app[1].host.check_output("systemctl stop celery-orders-worker@default")
         app[1].host.check_output("mkdir -p /srv/full && mount -t tmpfs -o size=20m tmpfs /srv/full && fallocate -l 20M /srv/full/x")
         for worker in app:
-            worker.host.check_output("systemctl stop celery-beat && systemctl kill --signal=STOP celery-worker@batch")
+            worker.host.check_output("systemctl stop celery-orders-beat && systemctl kill --signal=STOP celery-orders-worker@batch")
         cluster.client(replica).config_set("maxmemory", 1024 * 1024)
         cluster.application.celery_python("[app.send_task('orders.tasks.batch_import', (0,)) for _ in range(5)]")
         webhook.tells("FIRING", expected)
     finally:
         data["data3"].host.check_output(f"systemctl start {SERVICE}")
         data["data1"].host.check_output("systemctl start prometheus-redis-exporter")
-        app[1].host.check_output("systemctl start celery-worker@default; umount /srv/full; rm -d /srv/full")
+        app[1].host.check_output("systemctl start celery-orders-worker@default; umount /srv/full; rm -d /srv/full")
         for worker in app:
-            worker.host.check_output("systemctl kill --signal=CONT celery-worker@batch; systemctl start celery-beat")
+            worker.host.check_output("systemctl kill --signal=CONT celery-orders-worker@batch; systemctl start celery-orders-beat")
         cluster.client(replica).config_set("maxmemory", limit)
         cluster.application.host.check_output("celery-exec celery-platform dead-letters purge --all --yes")
         cluster.application.converge(*certificate)

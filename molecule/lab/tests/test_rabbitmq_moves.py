@@ -13,7 +13,7 @@ testinfra_hosts = ["ansible://app1"]
 
 def restarts(node: Node) -> list[tuple[int, int]]:
     """Return when each worker and beat of a host last left its former state, and was up, in microseconds since 1970."""
-    listed = node.host.check_output("systemctl list-units --plain --no-legend 'celery-worker@*' celery-beat.service")
+    listed = node.host.check_output("systemctl list-units --plain --no-legend 'celery-orders-worker@*' celery-orders-beat.service")
     units = [line.split()[0] for line in listed.splitlines()]
     assert len(units) > 1
     times = []

@@ -68,7 +68,7 @@ def test_a_key_is_rotated_under_load_and_redis_holds_no_argument_in_plain_text(n
     rotate(new)
 
     # The log of all that was ever written, and a queue with messages in it.
-    node.host.check_output("systemctl stop celery-worker@batch")
+    node.host.check_output("systemctl stop celery-orders-worker@batch")
     waiting = node.celery_python(f"print(app.send_task('orders.tasks.batch_report', ('{SECRET}', 1)).id)")
     stored = node.python(
         "import pathlib, sys; sys.stdout.reconfigure(errors='replace')\n"
@@ -78,10 +78,10 @@ def test_a_key_is_rotated_under_load_and_redis_holds_no_argument_in_plain_text(n
     assert waiting in stored
     forms = [SECRET, *(base64.b64encode(b"." * shift + SECRET.encode()).decode()[4 if shift else 0 : -4] for shift in range(3))]
     assert [form for form in forms if form in stored] == []
-    journal = node.host.check_output("journalctl --no-pager --output=cat --unit='celery-worker@*'")
-    logs = "".join(node.host.file(f"/var/log/celery/{name}.log").content_string for name in ("batch", "critical", "default"))
+    journal = node.host.check_output("journalctl --no-pager --output=cat --unit='celery-orders-worker@*'")
+    logs = "".join(node.host.file(f"/var/log/celery/orders/{name}.log").content_string for name in ("batch", "critical", "default"))
     assert waiting not in logs
     assert SECRET not in journal + logs
 
-    node.host.check_output("systemctl start celery-worker@batch")
-    wait_for("the task that waited", lambda: f"{waiting}] succeeded" in node.host.file("/var/log/celery/batch.log").content_string)
+    node.host.check_output("systemctl start celery-orders-worker@batch")
+    wait_for("the task that waited", lambda: f"{waiting}] succeeded" in node.host.file("/var/log/celery/orders/batch.log").content_string)

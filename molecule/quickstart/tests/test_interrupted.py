@@ -17,7 +17,7 @@ from nodes import REPOSITORY, Node, wait_for
 from targets import only_in_test_all
 
 testinfra_hosts = ["ansible://celery_worker"]
-UNITS = ["celery-beat", "celery-worker@batch", "celery-worker@critical", "celery-worker@default"]
+UNITS = ["celery-orders-beat", "celery-orders-worker@batch", "celery-orders-worker@critical", "celery-orders-worker@default"]
 #: When it is killed: so many seconds after a task has begun.
 MOMENTS = [
     ("Create the folder for releases", 0.5),
@@ -95,7 +95,7 @@ def test_a_run_killed_at_any_of_ten_moments_harms_nothing(node: Node, orders: Ce
     # The last one again, to its end: what the killed one has begun is done, and nothing is left to do.
     node.converge("-e", json.dumps(settings))
     line = f'CELERY_PLATFORM_MAX_TASKS_PER_CHILD="{settings["celery_app_max_tasks_per_child"]}"'
-    assert line in node.host.file("/etc/celery/celery.env").content_string
+    assert line in node.host.file("/etc/celery/orders/celery.env").content_string
     code = node.celery_python("import orders.tasks; print(orders.tasks.NUMBER)")
     assert code.splitlines()[-1] == str(number)
     assert node.converge("-e", json.dumps(settings))["changed"] == []

@@ -39,7 +39,7 @@ def test_a_django_project_that_nobody_adapted_is_deployed_by_inventory_alone(nod
         options = {"global_keyprefix": "library:"}
         web.conf.update(broker_transport_options=options, result_backend_transport_options=options, task_default_queue="default")
         assert [web.send_task("books.tasks.lend", ("Emma",)).get(timeout=20) for _ in range(2)] == [1, 2]
-        overruled = node.host.check_output("journalctl --unit=celery-worker@default --output=cat --since=-5min")
+        overruled = node.host.check_output("journalctl --unit=celery-orders-worker@default --output=cat --since=-5min")
         assert "accept_content of the application is overruled" in overruled
         demo = node.run_playbook("-e", f"@{library}", playbook="playbooks/operations/demo.yml")
         assert demo.returncode == 0, demo.stdout
@@ -51,7 +51,7 @@ every, _ = IntervalSchedule.objects.get_or_create(every=1, period="seconds")
 PeriodicTask.objects.get_or_create(name="lend", defaults={"task": "books.tasks.lend", "args": '["Ulysses"]', "interval": every})
 """
         node.host.check_output("celery-exec python manage.py shell -c %s", schedule)
-        log = node.host.file("/var/log/celery/beat.log")
+        log = node.host.file("/var/log/celery/orders/beat.log")
         wait_for("a periodic task from the database", lambda: "Sending due task lend" in log.content_string, seconds=30)
         assert web.send_task("books.tasks.lend", ("Ulysses",)).get(timeout=20) > 1
         web.close()
@@ -71,8 +71,8 @@ def test_another_distribution_stops_the_run(node: Node) -> None:
 
 def test_new_code_is_a_new_release_and_the_old_one_is_kept(node: Node, orders: Celery, tmp_path: Path) -> None:
     def running() -> tuple[str, list[str]]:
-        release = node.host.check_output("readlink -f /opt/celery/current")
-        return release, [node.show(f"celery-worker@{name}", "MainPID")["MainPID"] for name in ("critical", "default")]
+        release = node.host.check_output("readlink -f /opt/celery/orders/current")
+        return release, [node.show(f"celery-orders-worker@{name}", "MainPID")["MainPID"] for name in ("critical", "default")]
 
     first, pids = running()
     built = node.host.file(f"{first}/.complete").mtime
@@ -92,8 +92,8 @@ def test_new_code_is_a_new_release_and_the_old_one_is_kept(node: Node, orders: C
     assert second != first
     assert not set(pids) & set(new_pids)
     assert orders.send_task("orders.tasks.greet", queue="default").get(timeout=20) == "new release"
-    assert not node.host.file("/etc/systemd/system/celery-worker@batch.service").exists
-    assert node.show("celery-worker@batch", "ActiveState")["ActiveState"] == "inactive"
+    assert not node.host.file("/etc/systemd/system/celery-orders-worker@batch.service").exists
+    assert node.show("celery-orders-worker@batch", "ActiveState")["ActiveState"] == "inactive"
     assert orders.send_task("orders.tasks.batch_report", ("2026-11-20", 3)).get(timeout=20)["total"] == 3
 
     interrupted = orders.send_task("orders.tasks.batch_import", (60,)).get(timeout=20)
@@ -103,5 +103,5 @@ def test_new_code_is_a_new_release_and_the_old_one_is_kept(node: Node, orders: C
     assert running()[0] == first
     assert node.host.file(f"{first}/.complete").mtime == built
     assert node.host.file(f"{second}/.complete").exists
-    assert node.host.service("celery-worker@batch").is_running
+    assert node.host.service("celery-orders-worker@batch").is_running
     assert node.converge()["changed"] == []

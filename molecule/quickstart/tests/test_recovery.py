@@ -27,7 +27,7 @@ def poison():
         os.kill(os.getpid(), 9)
     return "mended"
 """
-UNIT = "celery-worker@batch.service"
+UNIT = "celery-orders-worker@batch.service"
 #: Seconds; shorter than an operator would have it, for a test to wait for.
 WATCHDOG = 6
 
@@ -38,11 +38,11 @@ def faults(node: Node) -> Iterator[None]:
     drop_in = f"[Service]\nEnvironment=PYTHONPATH=/run/faults\nWatchdogSec={WATCHDOG}\n"
     # Python loads a module of this name at its start.
     node.write("/run/faults/sitecustomize.py", FAULTS)
-    node.write("/run/systemd/system/celery-worker@.service.d/faults.conf", drop_in)
-    node.host.check_output("systemctl daemon-reload && systemctl restart 'celery-worker@*'")
+    node.write("/run/systemd/system/celery-orders-worker@.service.d/faults.conf", drop_in)
+    node.host.check_output("systemctl daemon-reload && systemctl restart 'celery-orders-worker@*'")
     yield
-    node.host.check_output("rm -r /run/faults /run/systemd/system/celery-worker@.service.d")
-    node.host.check_output("systemctl daemon-reload && systemctl restart 'celery-worker@*'")
+    node.host.check_output("rm -r /run/faults /run/systemd/system/celery-orders-worker@.service.d")
+    node.host.check_output("systemctl daemon-reload && systemctl restart 'celery-orders-worker@*'")
 
 
 def test_a_stuck_worker_is_restarted_by_the_watchdog(node: Node) -> None:
@@ -64,7 +64,7 @@ def test_a_stuck_worker_is_restarted_by_the_watchdog(node: Node) -> None:
 
 def test_nobody_is_restarted_while_the_broker_is_away(node: Node) -> None:
     """For several periods of the watchdog."""
-    units = [*(f"celery-worker@{name}" for name in ("critical", "default", "batch")), "celery-beat"]
+    units = [*(f"celery-orders-worker@{name}" for name in ("critical", "default", "batch")), "celery-orders-beat"]
     before = [node.show(unit, "MainPID", "NRestarts") for unit in units]
     node.host.check_output("systemctl stop redis-server")
     try:
@@ -78,7 +78,7 @@ def test_nobody_is_restarted_while_the_broker_is_away(node: Node) -> None:
 
 def test_a_task_that_kills_its_process_is_kept_and_succeeds_once_when_it_is_mended(node: Node) -> None:
     def runs(line: str) -> int:
-        return node.host.file("/var/log/celery/batch.log").content_string.count(f"{task}{line}")
+        return node.host.file("/var/log/celery/orders/batch.log").content_string.count(f"{task}{line}")
 
     def dead_letters() -> dict[str, dict[str, object]]:
         listed = json.loads(node.host.check_output("celery-exec celery-platform dead-letters list --json"))

@@ -14,7 +14,7 @@ from celery import Celery
 from nodes import REPOSITORY, Node, wait_for
 
 testinfra_hosts = ["ansible://celery_worker"]
-UNITS = ["celery-beat", "celery-worker@batch", "celery-worker@critical", "celery-worker@default"]
+UNITS = ["celery-orders-beat", "celery-orders-worker@batch", "celery-orders-worker@critical", "celery-orders-worker@default"]
 
 
 def activate(node: Node) -> subprocess.CompletedProcess[str]:
@@ -32,15 +32,15 @@ def activate(node: Node) -> subprocess.CompletedProcess[str]:
 def state(node: Node) -> dict[str, str]:
     """Return what runs: the current revision, and the main process of each service."""
     pids = {unit: node.show(unit, "MainPID", "ActiveState") for unit in UNITS}
-    return {"revision": node.host.check_output("readlink /etc/celery/current"), **{unit: str(shown) for unit, shown in pids.items()}}
+    return {"revision": node.host.check_output("readlink /etc/celery/orders/current"), **{unit: str(shown) for unit, shown in pids.items()}}
 
 
 @pytest.fixture
 def kept(node: Node) -> Iterator[None]:
     """Put the wanted revision back when a test has changed it."""
-    node.host.check_output("rm -rf /root/next && cp -a /etc/celery/next /root/next")
+    node.host.check_output("rm -rf /root/next && cp -a /etc/celery/orders/next /root/next")
     yield
-    node.host.check_output("rm -rf /etc/celery/next && mv /root/next /etc/celery/next")
+    node.host.check_output("rm -rf /etc/celery/orders/next && mv /root/next /etc/celery/orders/next")
     assert activate(node).returncode == 0
 
 
@@ -52,7 +52,7 @@ def test_a_run_that_fails_leaves_settings_and_services_as_they_were(node: Node) 
     assert "The application does not start with its settings; nothing was changed in what runs." in run.stdout
     assert "nothing" in run.stdout.split("does not start with its settings", 1)[1]
     assert state(node) == before
-    assert 'CELERY_PLATFORM_APPLICATION="orders.app:app"' in node.host.file("/etc/celery/celery.env").content_string
+    assert 'CELERY_PLATFORM_APPLICATION="orders.app:app"' in node.host.file("/etc/celery/orders/celery.env").content_string
     node.host.run_expect([0], "celery-exec true")
 
 
@@ -60,10 +60,9 @@ def test_a_run_that_fails_leaves_settings_and_services_as_they_were(node: Node) 
 def test_a_revision_that_does_not_come_up_is_put_back(node: Node, orders: Celery) -> None:
     before = state(node)
     broken = '[Service]\\nExecStartPre=/bin/sh -c "echo out of order; exit 1"\\n'
-    unit = "/etc/systemd/system/celery-worker@default.service"
-    node.host.check_output(
-        f"printf '{broken}' >> /etc/celery/next/units/celery-worker@default.service; echo X=1 >> /etc/celery/next/celery.env"
-    )
+    unit = "/etc/systemd/system/celery-orders-worker@default.service"
+    worker = "units/celery-orders-worker@default.service"
+    node.host.check_output(f"cd /etc/celery/orders/next && printf '{broken}' >> {worker} && echo X=1 >> celery.env")
     run = activate(node)
     assert run.returncode != 0
     assert "The new revision does not run; the earlier one runs again." in run.stdout + run.stderr
@@ -79,10 +78,10 @@ def test_a_revision_that_does_not_come_up_is_put_back(node: Node, orders: Celery
 def test_services_that_a_killed_run_left_behind_are_restarted_by_the_next(node: Node) -> None:
     before = state(node)
     # As a run leaves it that was killed after it had switched, before it restarted anything.
-    node.host.check_output("echo X=2 >> /etc/celery/next/celery.env")
-    revision = "/etc/celery/revisions/half-done"
+    node.host.check_output("echo X=2 >> /etc/celery/orders/next/celery.env")
+    revision = "/etc/celery/orders/revisions/half-done"
     node.host.check_output(
-        f"cp -a /etc/celery/next {revision} && ln -sfn revisions/half-done /etc/celery/current && systemctl daemon-reload"
+        f"cp -a /etc/celery/orders/next {revision} && ln -sfn revisions/half-done /etc/celery/orders/current && systemctl daemon-reload"
     )
     run = activate(node)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -93,12 +92,12 @@ def test_services_that_a_killed_run_left_behind_are_restarted_by_the_next(node: 
 
 def test_only_what_is_different_is_restarted(node: Node) -> None:
     before = state(node)
-    node.host.check_output("systemctl kill --signal=KILL celery-worker@batch")
+    node.host.check_output("systemctl kill --signal=KILL celery-orders-worker@batch")
     wait_for(
         "systemd to restart it",
         lambda: (
-            state(node)["celery-worker@batch"] not in (before["celery-worker@batch"], "")
-            and node.host.service("celery-worker@batch").is_running
+            state(node)["celery-orders-worker@batch"] not in (before["celery-orders-worker@batch"], "")
+            and node.host.service("celery-orders-worker@batch").is_running
         ),
         seconds=30,
     )

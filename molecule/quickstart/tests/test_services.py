@@ -15,8 +15,8 @@ import escape
 
 testinfra_hosts = ["ansible://celery_worker"]
 
-WORKERS = [f"celery-worker@{name}.service" for name in ("critical", "default", "batch")]
-CELERY = [*WORKERS, "celery-beat.service"]
+WORKERS = [f"celery-orders-worker@{name}.service" for name in ("critical", "default", "batch")]
+CELERY = [*WORKERS, "celery-orders-beat.service"]
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F))) + "ß€😀"
 TEXTS = [
     PRINTABLE,
@@ -63,7 +63,7 @@ print(json.dumps(found))
             *CELERY,
         )
     )
-    celery = node.host.user("celery")
+    celery = node.host.user("celery-orders")
     assert celery.shell == "/usr/sbin/nologin"
     assert {unit: len(processes) for unit, processes in report.items()} == dict(zip(CELERY, (3, 3, 2, 1), strict=True))
     for processes in report.values():
@@ -73,7 +73,7 @@ print(json.dumps(found))
             assert {int(capabilities, 16) for capabilities in process.values()} == {0}
 
 
-@pytest.mark.parametrize("unit", ["celery-worker@default.service", "celery-beat.service", "redis-server.service"])
+@pytest.mark.parametrize("unit", ["celery-orders-worker@default.service", "celery-orders-beat.service", "redis-server.service"])
 def test_the_sandbox_leaves_little_exposed(node: Node, unit: str) -> None:
     assert exposure_of(node, unit) <= 1.5
 
@@ -81,9 +81,9 @@ def test_the_sandbox_leaves_little_exposed(node: Node, unit: str) -> None:
 def test_the_application_can_write_where_it_is_told_and_at_home(node: Node) -> None:
     """And the folder that is not there is created for it."""
     folder = node.host.file("/srv/uploads/pictures")
-    assert (folder.user, folder.group, folder.mode) == ("celery", "celery", 0o750)
+    assert (folder.user, folder.group, folder.mode) == ("celery-orders", "celery-orders", 0o750)
     script = "cd && pwd && mkdir -p .cache/x && touch .cache/x/y /srv/uploads/pictures/x && rm -r .cache/x /srv/uploads/pictures/x"
-    assert node.host.check_output("celery-exec sh -c %s", script) == "/var/lib/celery"
+    assert node.host.check_output("celery-exec sh -c %s", script) == "/var/lib/celery/orders"
     assert "Read-only file system" in node.host.run("celery-exec touch /srv/uploads/x").stderr
 
 
@@ -139,7 +139,7 @@ def sandbox(allowed: list[str]) -> str:
     folders = [REPOSITORY / "roles" / role / "templates" for role in ("celery_app", "common")]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folders), trim_blocks=True, undefined=jinja2.ChainableUndefined)
     environment.filters |= {**escape.FilterModule().filters(), "comment": str, "regex_replace": str, "combine": combine, "flatten": flatten}
-    settings = {"celery_app_user": "celery", "celery_app_sandbox_allow": allowed}
+    settings = {"celery_app_name": "orders", "celery_app_user": "celery-orders", "celery_app_sandbox_allow": allowed}
     lines = environment.get_template("services.conf.j2").render(settings).splitlines()
     return "\n".join(line for line in lines if not line.startswith(("EnvironmentFile=", "WorkingDirectory="))) + "\n"
 
@@ -150,7 +150,9 @@ def exposure_of(node: Node, unit: str) -> float:
 
 
 def test_the_application_cannot_write_where_it_runs(node: Node) -> None:
-    denied = node.host.run("celery-exec sh -c 'for d in /opt/celery/current/ /etc/celery/ /usr/; do touch $d/x && echo $d; done'")
+    denied = node.host.run(
+        "celery-exec sh -c 'for d in /opt/celery/orders/current/ /etc/celery/orders/ /usr/; do touch $d/x && echo $d; done'"
+    )
     assert denied.stdout == ""
     assert denied.stderr.count("Read-only file system") == 3
 
@@ -181,7 +183,7 @@ def look(where, text, *others):
 for process in pathlib.Path("/proc").glob("[0-9]*"):
     for name in ("cmdline", "environ"):
         try:
-            ours = name == "environ" and process.stat().st_uid == {node.host.user("celery").uid}
+            ours = name == "environ" and process.stat().st_uid == {node.host.user("celery-orders").uid}
             look(process / name, (process / name).read_bytes(), *([] if ours else given))
         except OSError:
             pass
@@ -210,10 +212,10 @@ print("read", read)
 
 
 def test_credentials_reach_the_services_by_systemd_only(node: Node) -> None:
-    folder = node.host.file("/etc/celery/current/credentials")
+    folder = node.host.file("/etc/celery/orders/current/credentials")
     assert (folder.user, folder.mode) == ("root", 0o700)
     for name in ("broker_password", "result_backend_password"):
-        file = node.host.file(f"/etc/celery/current/credentials/{name}")
+        file = node.host.file(f"/etc/celery/orders/current/credentials/{name}")
         assert (file.user, file.group, file.mode) == ("root", "root", 0o600)
     assert (
         node.host.check_output("celery-exec sh -c 'cat $CREDENTIALS_DIRECTORY/broker_password'")
@@ -244,7 +246,7 @@ def test_what_the_application_is_given_arrives_as_it_is_written(node: Node) -> N
         assert {name: found.get(name) for name in wanted} == wanted
     assert provided == node.variables["celery_app_credentials"]["provider_password"]
     assert [text.strip() for text in hidden] == ["********", "********"]
-    file = node.host.file("/etc/celery/current/secret.env")
+    file = node.host.file("/etc/celery/orders/current/secret.env")
     assert (file.user, file.group, file.mode) == ("root", "root", 0o600)
 
 

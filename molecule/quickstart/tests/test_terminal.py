@@ -37,7 +37,13 @@ def test_the_demo_sends_tasks_through_all_queues(node: Node) -> None:
 def test_the_status_of_a_site_in_order(node: Node) -> None:
     shown, code = typed(node, "status")
     assert code == 0, shown
-    for name in ("celery-beat", "celery-worker@batch", "celery-worker@critical", "celery-worker@default", "redis-server"):
+    for name in (
+        "celery-orders-beat",
+        "celery-orders-worker@batch",
+        "celery-orders-worker@critical",
+        "celery-orders-worker@default",
+        "redis-server",
+    ):
         assert re.search(rf"^\S+ +{name} +running +\S", shown, re.MULTILINE), shown
     assert re.findall(r"^(\w+) +\d+ +1$", shown, re.MULTILINE) == ["critical", "default", "batch"]
     assert re.search(r"^dead letters +\d+", shown, re.MULTILINE)
@@ -47,14 +53,14 @@ def test_the_status_of_a_site_in_order(node: Node) -> None:
 def broken_worker(node: Node) -> Iterator[None]:
     """Let the worker of the queue `batch` end each time it starts."""
     broken = "[Service]\nExecStart=\nExecStart=/bin/sh -c 'echo the disk is on fire; exit 1'\n"
-    node.write("/run/systemd/system/celery-worker@batch.service.d/broken.conf", broken)
-    node.host.check_output("systemctl daemon-reload && systemctl restart --no-block celery-worker@batch")
+    node.write("/run/systemd/system/celery-orders-worker@batch.service.d/broken.conf", broken)
+    node.host.check_output("systemctl daemon-reload && systemctl restart --no-block celery-orders-worker@batch")
     try:
-        wait_for("the second start", lambda: int(node.show("celery-worker@batch", "NRestarts")["NRestarts"]) >= 2, seconds=30)
+        wait_for("the second start", lambda: int(node.show("celery-orders-worker@batch", "NRestarts")["NRestarts"]) >= 2, seconds=30)
         yield
     finally:
-        node.host.check_output("rm -r /run/systemd/system/celery-worker@batch.service.d && systemctl daemon-reload")
-        node.host.check_output("systemctl restart celery-worker@batch")
+        node.host.check_output("rm -r /run/systemd/system/celery-orders-worker@batch.service.d && systemctl daemon-reload")
+        node.host.check_output("systemctl restart celery-orders-worker@batch")
 
 
 @pytest.mark.usefixtures("broken_worker")
@@ -62,10 +68,10 @@ def test_the_status_names_what_is_wrong_and_why(node: Node, orders: Celery) -> N
     sent = [orders.send_task("orders.tasks.batch_report", ("2026-11-20", 3)) for _ in range(2)]
     shown, code = typed(node, "status")
     assert code == 2, shown
-    assert re.search(r"celery-worker@batch +FAILED +restarted \d+ times; the disk is on fire", shown), shown
+    assert re.search(r"celery-orders-worker@batch +FAILED +restarted \d+ times; the disk is on fire", shown), shown
     assert re.search(r"^batch +2 +0 +NO CONSUMER$", shown, re.MULTILINE), shown
     assert "2 things are wrong:" in shown
-    assert re.search(r"- celery-worker@batch on \S+ is failed", shown)
+    assert re.search(r"- celery-orders-worker@batch on \S+ is failed", shown)
     assert "- queue batch has 2 tasks and no consumer" in shown
     for result in sent:
         result.forget()
