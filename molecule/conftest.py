@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import testinfra.host
 from celery import Celery
-from nodes import Node
+
+from helpers.nodes import Node
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-import addresses
+from filter import addresses
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ import jinja2
 import pytest
 import yaml
 
-import escape
+from filter import escape
+from helpers import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 ROLE = REPOSITORY / "roles" / "prometheus"
 RUNBOOKS = REPOSITORY / "docs" / "runbooks"
 FILES = sorted(path.name.removesuffix(".yml.j2") for path in (ROLE / "templates/rules").glob("*.yml.j2"))

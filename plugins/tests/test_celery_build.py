@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 from ansible.module_utils import requirements_file
 
-import celery_build
-import celery_release
+from modules import celery_build, celery_release
 
 #: Builds a wheel of what stands in its pyproject.toml, without help of any other package.
 BACKEND = """

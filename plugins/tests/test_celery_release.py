@@ -18,9 +18,9 @@ import pytest
 from ansible.module_utils.requirements_file import project_name, read, unpinned
 from packaging.requirements import Requirement
 
-import celery_release
+from helpers import REPOSITORY
+from modules import celery_release
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 REQUIREMENTS = "celery==5.7.0\nredis==8.1.0\n"
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from socketserver import BaseRequestHandler, TCPServer
 
 import pytest
-from authority import Authority, Issued
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from certificate_check import check, describe, shows
+from helpers.authority import Authority, Issued
+from modules.certificate_check import check, describe, shows
 
 NAMES = ["data1", "localhost", "192.0.2.1"]
 AUTHORITY = Authority()

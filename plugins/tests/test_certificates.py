@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from certificates import certificate_differences
+from filter.certificates import certificate_differences
 
 PROFILE = {
     "subject_ordered": [["commonName", "app1"]],

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import check_inventory
+from action import check_inventory
+from helpers import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 
 

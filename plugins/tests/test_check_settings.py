@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from targets import only_in_test_all
 
-import check_settings
+from action import check_settings
+from helpers import REPOSITORY
+from helpers.targets import only_in_test_all
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 GOOD_SECRET = "nX7cY2pK9mQ4wL8vD3fG6hJ1"
 
 

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from helpers import REPOSITORY
+
 MODULE = REPOSITORY / "plugins/modules/config_files.py"
 #: Who runs the tests, so that they need not be root.
 ME = {"owner": pwd.getpwuid(os.getuid()).pw_name, "group": grp.getgrgid(os.getgid()).gr_name}

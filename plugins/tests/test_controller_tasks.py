@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from helpers import REPOSITORY
+
 BIN = Path(sys.executable).parent
 FILES = sorted(path for folder in ("playbooks", "roles", "molecule") for path in (REPOSITORY / folder).rglob("*.yml"))
 LOCAL = ("localhost", "127.0.0.1", "local")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from targets import only_in_test_all
 
-import create_environment
+from action import create_environment
+from helpers import REPOSITORY
+from helpers.targets import only_in_test_all
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 
 

@@ -29,14 +29,14 @@ from ansible.parsing.dataloader import DataLoader
 from ansible.plugins.loader import filter_loader, init_plugin_loader
 from ansible.template import Templar, trust_as_template
 from jinja2 import nodes
-from sites import free_port
-from test_preflight import site
-from waiting import wait_for
 
-import escape
-import redis_client
+from filter import escape
+from helpers import REPOSITORY
+from helpers.preflight import site
+from helpers.sites import free_port
+from helpers.waiting import wait_for
+from module_utils import redis_client
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 #: What Ansible or the inventory says of a lonely host.
 HOST: dict[str, Any] = {
     "ansible_managed": "Ansible managed",
@@ -299,7 +299,7 @@ def test_rabbitmq_learns_names_that_look_like_something_else(tmp_path: Path) -> 
     assert {item["vhost"] for kind in ("permissions", "exchanges", "queues", "bindings", "policies") for item in found[kind]} == {"1e5"}
 
 
-# --- systemd: units and arguments are read back on a host (molecule/quickstart/tests/test_services.py) ---
+# --- systemd: units and arguments are read back on a host (molecule/default/tests/test_services.py) ---
 
 
 @pytest.fixture(scope="module")

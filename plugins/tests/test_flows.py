@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flows import admits, resolved_flows
+from filter.flows import admits, resolved_flows
 
 GROUPS = {"all": ["data1", "data2", "app1", "named"], "data": ["data1", "data2"], "app": ["app1"], "named": ["named"], "empty": []}
 HOSTVARS: dict[str, dict[str, Any]] = {

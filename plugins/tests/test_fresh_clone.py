@@ -7,9 +7,8 @@ import re
 import subprocess
 from pathlib import Path
 
-from targets import only_in_test_all
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from helpers import REPOSITORY
+from helpers.targets import only_in_test_all
 
 
 @only_in_test_all

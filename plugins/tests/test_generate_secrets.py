@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-import generate_secrets
+from action import generate_secrets
+from helpers import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 EXAMPLE = "---\n# Names of secrets.\nvault_one:\nvault_two: # the second\nvault_webhook: https://hooks.example.org/services\n"
 VALUE = "nX7cY2pK9mQ4wL8vD3fG6hJ1"
@@ -241,7 +241,7 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path, call: str) -> 
     code = f"""
 import os, signal, sys
 from pathlib import Path
-import generate_secrets
+from action import generate_secrets
 os.{call} = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 generate_secrets.replace(Path(sys.argv[1]), b"new")
 """

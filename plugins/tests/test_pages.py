@@ -19,9 +19,9 @@ from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
 from tornado.testing import bind_unused_port
 
-from runbooks import RunbookError, runbook_pages
+from filter.runbooks import RunbookError, runbook_pages
+from helpers import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PROXY = REPOSITORY / "roles/monitoring_proxy"
 RUNBOOKS = REPOSITORY / "docs/runbooks"
 TEMPLATE = (REPOSITORY / "roles/prometheus/files/runbook.html.j2").read_text()

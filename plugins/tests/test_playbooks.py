@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from helpers import REPOSITORY
+
 OPERATIONS = sorted(path for path in REPOSITORY.glob("playbooks/operations/*.yml") if path.name != "move_broker.yml")
 ANSIBLE_PLAYBOOK = Path(sys.executable).with_name("ansible-playbook")
 

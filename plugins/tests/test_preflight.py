@@ -16,31 +16,15 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from preflight import REPOSITORY, Site
 
-import check_settings
+from action import check_settings
 from celery_platform import broker
 from celery_platform.settings import FIELDS, BadSettings, Settings, is_secret, load_settings
+from helpers import REPOSITORY
+from helpers.preflight import MAIN, ONE_HOST, SECRET, VAULT, Site, site
 
-SECRET = "nX7cY2pK9mQ4wL8vD3fG6hJ1"
 KEY = "A" * 43
 DEFAULTS = Settings(application="orders.app:app", broker_url="memory://")
-MAIN = {
-    "ansible_host": "127.0.0.1",
-    "redis_requirepass": "{{ vault_redis_requirepass }}",
-    "redis_users": [{"name": "orders", "password": "{{ vault_celery_redis_password }}"}],
-    "celery_app_name": "orders",
-    "celery_app_source": str(REPOSITORY / "examples" / "orders"),
-    "celery_app_application": "orders.app:app",
-    "celery_app_redis_password": "{{ vault_celery_redis_password }}",
-}
-VAULT = {"vault_redis_requirepass": SECRET, "vault_celery_redis_password": SECRET[::-1]}
-ONE_HOST = {"redis": ["one"], "celery_worker": ["one"], "celery_beat": ["one"]}
-
-
-def site(folder: Path, groups: dict[str, list[str]] | None = None, *, vault: dict[str, Any] | None = None, **main: Any) -> Site:
-    files = {"group_vars/all/main.yml": MAIN | main, "group_vars/all/vault.yml": VAULT if vault is None else vault}
-    return Site(folder, groups or ONE_HOST, files)
 
 
 def told(problems: list[str]) -> list[str]:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from progress import duration
+from callback.progress import duration
+from helpers import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PLAYS = """
 - name: Prepare the host
   hosts: localhost

@@ -15,21 +15,21 @@ from typing import Any
 import pytest
 from amqp import Message
 from amqp.exceptions import AccessRefused, NotAllowed
-from brokers import rabbitmq_node
 from celery import Celery
 from celery.events.event import event_exchange
 from kombu import Connection, Exchange, Queue
-from sites import Site
-from targets import only_in_test_all
-from waiting import wait_for
 
 from celery_platform import configuration, guards
 from celery_platform.dead_letters import RabbitStore
 from celery_platform.settings import Settings
+from helpers import REPOSITORY
+from helpers.brokers import rabbitmq_node
+from helpers.sites import Site
+from helpers.targets import only_in_test_all
+from helpers.waiting import wait_for
 
 __all__ = ["rabbitmq_node"]
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PLAY = """
 - hosts: localhost
   gather_facts: false

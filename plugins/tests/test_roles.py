@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from helpers import REPOSITORY
+
 ROLES = sorted(path.name for path in (REPOSITORY / "roles").iterdir())
 #: Those that no other needs to know of, or that know all others.
 APART = {"site", "common", "lab"}

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from service_status import describe, judge, parse, plain
-from status import site_status
+from filter.status import site_status
+from modules.service_status import describe, judge, parse, plain
 
 
 def unit(**properties: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What services are restarted for, and what a revision consists of; on hosts: molecule/quickstart/tests/test_revisions.py."""
+"""What services are restarted for, and what a revision consists of; on hosts: molecule/default/tests/test_revisions.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ assert spec.loader is not None
 systemd_units = importlib.util.module_from_spec(spec)
 sys.modules[NAME] = systemd_units
 spec.loader.exec_module(systemd_units)
-from celery_revision import contents_of, copy, identity  # noqa: E402
+from modules.celery_revision import contents_of, copy, identity  # noqa: E402
 
 digest_of, replace_file, replace_link = systemd_units.digest_of, systemd_units.replace_file, systemd_units.replace_link
 

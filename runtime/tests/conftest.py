@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import redis
-from brokers import rabbitmq, rabbitmq_node
-from sites import Site, free_port, wait_for
+
+from helpers.brokers import rabbitmq, rabbitmq_node
+from helpers.sites import Site, free_port, wait_for
 
 __all__ = ["rabbitmq", "rabbitmq_node"]
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import redis
-from sites import Site, wait_for
 
 from celery_platform import alerts, logs
 from celery_platform.settings import BadSettings, SecretStr, Settings, load_settings
+from helpers.sites import Site, wait_for
 
 SHOP = """
 import os, signal, time

@@ -8,11 +8,10 @@ import re
 import time
 
 import pytest
-from sites import Site
-from test_cli import cli
-from test_dead_letters import store_of
 
 from celery_platform import application, systemd
+from helpers.shop import store_of
+from helpers.sites import Site, cli
 
 GOOD = """
 from celery import Celery

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import redis
-from managers import Manager
-from sites import Site, wait_for
 
 from celery_platform.beat import celery_config
 from celery_platform.settings import load_settings
+from helpers.managers import Manager
+from helpers.sites import Site, wait_for
 
 SHOP = """
 from celery import Celery

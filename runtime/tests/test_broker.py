@@ -9,14 +9,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import redis
-from brokers import rabbitmq, rabbitmq_node
 from celery import Celery
 from redbeat.schedulers import get_redis
-from sentinels import Servers
-from sites import Site, wait_for
 
 from celery_platform import beat, broker
 from celery_platform.settings import SecretStr, Settings
+from helpers.brokers import rabbitmq, rabbitmq_node
+from helpers.sentinels import Servers
+from helpers.sites import Site, wait_for
 
 __all__ = ["rabbitmq", "rabbitmq_node"]
 

@@ -8,7 +8,8 @@ import re
 import pytest
 import redis
 from celery import chain, chord, group, signature
-from sites import Site, wait_for
+
+from helpers.sites import Site, wait_for
 
 SHOP = """
 import json

@@ -8,23 +8,16 @@ import re
 import subprocess
 import sys
 import time
-from typing import Any
 
 import pytest
 from click import BadParameter
-from sites import Site
-from test_dead_letters import SHOP, letter, shop, store_of
 
 from celery_platform.cli import _printable, _since, hider
 from celery_platform.settings import Settings
+from helpers.shop import SHOP, letter, shop, store_of
+from helpers.sites import Site, cli
 
 __all__ = ["shop"]
-
-
-def cli(site: Site, *arguments: str, status: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-    run = site.run("python", "-m", "celery_platform.cli", *arguments, check=False, **options)
-    assert run.returncode == status, run.stdout + run.stderr
-    return run
 
 
 def test_config_tells_where_each_value_is_from_and_no_secret(site: Site) -> None:

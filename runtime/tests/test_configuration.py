@@ -11,10 +11,10 @@ import pytest
 from celery import Celery
 from celery.exceptions import QueueNotFound
 from kombu import Connection, Exchange, Queue
-from sites import Site, wait_for
 
 from celery_platform import broker, configuration
 from celery_platform.settings import SecretStr, load_settings
+from helpers.sites import Site, wait_for
 
 Environment = Callable[..., None]
 

@@ -14,13 +14,14 @@ import pytest
 from celery import Celery, current_app
 from celery.beat import PersistentScheduler, Scheduler
 from celery.schedules import crontab, schedule
-from clock import Clock
 from redbeat import RedBeatScheduler, RedBeatSchedulerEntry
 from redbeat.decoder import RedBeatJSONEncoder
-from sites import Site
 
 from celery_platform import daylight_saving
 from celery_platform.settings import load_settings
+from helpers import REPOSITORY
+from helpers.clock import Clock
+from helpers.sites import Site
 
 START, END = datetime(2026, 1, 1, tzinfo=UTC), datetime(2027, 1, 1, tzinfo=UTC)
 STEP = timedelta(minutes=5)
@@ -162,7 +163,7 @@ from django.utils import timezone
 
 from celery_platform import daylight_saving
 from celery_platform.settings import load_settings
-from clock import Clock
+from helpers.clock import Clock
 from test_daylight_saving import START, ZONES, around, schedules
 
 settings.configure(
@@ -210,7 +211,7 @@ def around(zone: Zone) -> list[tuple[datetime, datetime]]:
 def test_so_it_is_with_django_celery_beat(site: Site) -> None:
     pytest.importorskip("django_celery_beat")
     site.set(broker_url="redis://127.0.0.1:1/0")
-    site.environment["PYTHONPATH"] += f":{Path(__file__).parent}"
+    site.environment["PYTHONPATH"] += f":{Path(__file__).parent}:{REPOSITORY / 'molecule'}"
     sent = json.loads(site.run("python", "-c", DJANGO).stdout)
     for zone in ZONES:
         crontabs = {name: moments for name, moments in expected(zone).items() if name != "interval"}

@@ -22,14 +22,14 @@ import pytest
 import redis
 import yaml
 from celery import Celery
-from managers import Manager
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
-from sentinels import MASTER, Servers
-from sites import Site, free_port, wait_for
 
 from celery_platform import exporter
 from celery_platform.settings import Settings
+from helpers.managers import Manager
+from helpers.sentinels import MASTER, Servers
+from helpers.sites import Site, free_port, wait_for
 
 ROLES = Path(__file__).parents[2] / "roles"
 USER, PASSWORD = "monitoring", "monitoring's password"

@@ -29,10 +29,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from kombu import Connection, Exchange, Producer, Queue, transport
 from kombu.exceptions import OperationalError
-from sites import Site, wait_for
 
 from celery_platform import broker, configuration, guards
 from celery_platform.settings import Settings
+from helpers.sites import Site, wait_for
 
 RabbitMQ = tuple[str, Callable[..., str]]
 

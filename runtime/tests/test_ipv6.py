@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sentinels import MASTER, PASSWORD, Servers
-from sites import Site, wait_for
+
+from helpers.sentinels import MASTER, PASSWORD, Servers
+from helpers.sites import Site, wait_for
 
 SHOP = """
 from celery import Celery

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from celery import Celery
-from sites import Site, wait_for
 
 from celery_platform.dead_letters import RedisStore
+from helpers.sites import Site, wait_for
 
 SHOP = """
 import os, time

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sites import Site, wait_for
+
+from helpers.sites import Site, wait_for
 
 PASSWORD = "s3cret/of+redis"
 

@@ -6,8 +6,9 @@ import time
 from collections import Counter
 
 import pytest
-from sites import Site, wait_for
-from targets import only_in_test_all
+
+from helpers.sites import Site, wait_for
+from helpers.targets import only_in_test_all
 
 SHOP = """
 import os, time

@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from sites import Site, wait_for
-from test_cli import cli
-from test_dead_letters import letter, shop, store_of
+
+from helpers.shop import letter, shop, store_of
+from helpers.sites import Site, cli, wait_for
 
 __all__ = ["shop"]
 

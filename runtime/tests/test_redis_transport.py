@@ -30,15 +30,15 @@ import yaml
 from kombu.exceptions import OperationalError
 from kombu.transport import TRANSPORT_ALIASES
 from redis.auth.token import SimpleToken
-from sentinels import MASTER, PASSWORD, Servers
-from sites import Site, free_port, wait_for
-from targets import only_in_test_all
 
 import celery_platform
 from celery_platform import dead_letters, redis_transport, resilience
 from celery_platform.dead_letters import RedisStore
 from celery_platform.redis_transport import Unconfirmed
 from celery_platform.settings import BadSettings, load_settings
+from helpers.sentinels import MASTER, PASSWORD, Servers
+from helpers.sites import Site, free_port, wait_for
+from helpers.targets import only_in_test_all
 
 OURS = "celery_platform.redis_transport:Transport"
 KOMBUS = "kombu.transport.redis:Transport"

@@ -10,10 +10,10 @@ from urllib.parse import quote
 
 import pytest
 from celery.worker.control import Panel
-from sentinels import MASTER, Servers
-from sites import Site, wait_for
 
 from celery_platform.replies import without_secrets
+from helpers.sentinels import MASTER, Servers
+from helpers.sites import Site, wait_for
 
 #: Each needs quoting in a URL, and none is part of a word.
 SECRETS = {"broker_password": "br0ker/p@ss", "sentinel_password": "s3ntinel/p@ss", "result_backend_password": "res/ult p@ss"}

@@ -25,12 +25,12 @@ import yaml
 from celery import Celery, Task, chain, chord
 from celery.exceptions import Reject
 from pybreaker import STATE_CLOSED, STATE_HALF_OPEN
-from sites import Site, free_port, wait_for
 
 from celery_platform import resilience
 from celery_platform.dead_letters import RabbitStore, RedisStore
 from celery_platform.resilience import CircuitBreaker, PutOff, RateLimit, SharedCircuit, Store, is_connection_error
 from celery_platform.settings import Breaker, Settings
+from helpers.sites import Site, free_port, wait_for
 
 SHOP = """
 import json, os

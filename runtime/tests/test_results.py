@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import redis
-from brokers import lasting_redis
-from sites import Site, free_port, wait_for
+
+from helpers.brokers import lasting_redis
+from helpers.sites import Site, free_port, wait_for
 
 SHOP = """
 import time

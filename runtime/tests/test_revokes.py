@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from celery.worker import state
-from sites import Site, wait_for
 
 from celery_platform.revokes import Revokes
+from helpers.sites import Site, wait_for
 
 SHOP = """
 from celery import Celery

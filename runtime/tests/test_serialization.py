@@ -19,11 +19,11 @@ from celery import Celery, chain, chord
 from celery.events.event import get_exchange
 from kombu.exceptions import DecodeError
 from kombu.utils.encoding import str_to_bytes
-from sites import Site, wait_for
 
 from celery_platform import serialization
 from celery_platform.serialization import CONTENT_TYPE, HEADER_SIZE, NAME, KeyRing, generate_key
 from celery_platform.settings import MASK, BadSettings, SecretStr, Settings, load_settings
+from helpers.sites import Site, wait_for
 
 SECRET = "card4012888888881881"
 OLD, NEW = generate_key(), generate_key()

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from managers import Manager
-from sites import Site, free_port, wait_for
 
 from celery_platform import systemd
+from helpers.managers import Manager
+from helpers.sites import Site, free_port, wait_for
 
 
 @pytest.fixture(params=["path", "abstract"])

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from celery import Celery
-from sites import Site
-from targets import only_in_test_all
 
 from celery_platform import redis_transport, versions
 from celery_platform.settings import BadSettings, Settings
+from helpers.sites import Site
+from helpers.targets import only_in_test_all
 
 RUNTIME = Path(__file__).parents[1]
 VERSIONS = ("5.4", "5.5", "5.6", "5.7")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from rabbit import RabbitCluster
+
+from helpers.rabbit import RabbitCluster
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import testinfra
-from nodes import REPOSITORY, Node, wait_for
-from targets import only_in_test_all
+
+from helpers import REPOSITORY
+from helpers.nodes import Node, wait_for
+from helpers.targets import only_in_test_all
 
 TABLE = "nft --stateless list table inet celery_platform"
 #: A service that nobody declared listens here, on every host.

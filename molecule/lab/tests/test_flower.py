@@ -9,10 +9,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from flower_client import Flower
-from nodes import Node, wait_for
-from rabbit import SERVICE, RabbitCluster
-from targets import only_in_drills, only_in_test_all
+
+from helpers.flower_client import Flower
+from helpers.nodes import Node, wait_for
+from helpers.rabbit import SERVICE, RabbitCluster
+from helpers.targets import only_in_drills, only_in_test_all
 
 testinfra_hosts = ["ansible://ops1"]
 

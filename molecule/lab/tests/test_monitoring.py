@@ -14,10 +14,12 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from cluster import Cluster
-from nodes import REPOSITORY, Node, wait_for
-from rabbit import SERVICE, RabbitCluster
-from targets import only_in_drills
+
+from helpers import REPOSITORY
+from helpers.cluster import Cluster
+from helpers.nodes import Node, wait_for
+from helpers.rabbit import SERVICE, RabbitCluster
+from helpers.targets import only_in_drills
 
 testinfra_hosts = ["ansible://ops1"]
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import testinfra
-from browser import Browser
-from nodes import REPOSITORY, Node, wait_for
 from selenium.webdriver.common.keys import Keys
+
+from helpers import REPOSITORY
+from helpers.browser import Browser
+from helpers.nodes import Node, wait_for
 
 testinfra_hosts = ["ansible://ops1"]
 

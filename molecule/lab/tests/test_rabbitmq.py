@@ -15,10 +15,11 @@ from typing import Any
 import amqp
 import pytest
 import yaml
-from authority import Authority
-from nodes import Node
-from rabbit import AMQPS, DISTRIBUTION, METRICS, SERVICE, VHOST, RabbitCluster
-from targets import only_in_drills, only_in_test_all
+
+from helpers.authority import Authority
+from helpers.nodes import Node
+from helpers.rabbit import AMQPS, DISTRIBUTION, METRICS, SERVICE, VHOST, RabbitCluster
+from helpers.targets import only_in_drills, only_in_test_all
 
 testinfra_hosts = ["ansible://data1"]
 

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from drills import BROKERS_KILLED, QUEUE, RECOVERY, WORKER, Report, cut_off, drill, kill_workers
-from nodes import wait_for
-from rabbit import SERVICE, RabbitCluster
-from targets import FULL, only_in_drills, only_in_test_all
+
+from helpers.drills import BROKERS_KILLED, QUEUE, RECOVERY, WORKER, Report, cut_off, drill, kill_workers
+from helpers.nodes import wait_for
+from helpers.rabbit import SERVICE, RabbitCluster
+from helpers.targets import FULL, only_in_drills, only_in_test_all
 
 testinfra_hosts = ["ansible://app1"]
 

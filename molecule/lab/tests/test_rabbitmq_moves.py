@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from cluster import Cluster
-from drills import Stream
-from nodes import Node, wait_for
+from helpers.cluster import Cluster
+from helpers.drills import Stream
+from helpers.nodes import Node, wait_for
 
 testinfra_hosts = ["ansible://app1"]
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from nodes import REPOSITORY
-from rabbit import AMQPS, RabbitCluster
-from sentinels import Servers
-from targets import only_in_drills
+
+from helpers import REPOSITORY
+from helpers.rabbit import AMQPS, RabbitCluster
+from helpers.sentinels import Servers
+from helpers.targets import only_in_drills
 
 testinfra_hosts = ["ansible://data1"]
 
@@ -91,7 +92,7 @@ def environment(cluster: RabbitCluster, tmp_path_factory: pytest.TempPathFactory
         port = servers.redis()
         results = f"redis://127.0.0.1:{port}/0"
         yield {
-            "PYTHONPATH": f"{FOLDER}:{REPOSITORY}/molecule/shared",
+            "PYTHONPATH": f"{FOLDER}:{REPOSITORY}/molecule",
             "CELERY_PLATFORM_APPLICATION": "t:app",
             "CELERY_PLATFORM_BROKER_URL": ";".join(f"amqps://{NAME}@{node}" for node in nodes),
             "CELERY_PLATFORM_RESULT_BACKEND": results,
@@ -124,7 +125,7 @@ def test_celerys_own_tests_pass(cluster: RabbitCluster, python: Path, environmen
         if file.stem in OTHER_SERVERS:
             continue
         report = FOLDER / f"{file.stem}.xml"
-        command = [python, "-m", "pytest", "-p", "celery_suite", "--tb=short", "-q", f"--junitxml={report}", file]
+        command = [python, "-m", "pytest", "-p", "helpers.celery_suite", "--tb=short", "-q", f"--junitxml={report}", file]
         with report.with_suffix(".txt").open("w") as output:
             subprocess.run(command, cwd=FOLDER, env=os.environ | environment, stdout=output, stderr=output, timeout=LIMIT)
         for case in ET.parse(report).iter("testcase"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import redis
-from authority import Authority
-from cluster import MASTER, REDIS, SENTINEL, Cluster
-from nodes import Node, wait_for
+
+from helpers.authority import Authority
+from helpers.cluster import MASTER, REDIS, SENTINEL, Cluster
+from helpers.nodes import Node, wait_for
 
 testinfra_hosts = ["ansible://data1"]
 

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 
 import pytest
-from cluster import Cluster
-from drills import BROKERS_KILLED, RECOVERY, Report, cut_off, drill, kill_workers
-from targets import only_in_drills, only_in_test_all
+
+from helpers.cluster import Cluster
+from helpers.drills import BROKERS_KILLED, RECOVERY, Report, cut_off, drill, kill_workers
+from helpers.targets import only_in_drills, only_in_test_all
 
 testinfra_hosts = ["ansible://app1"]
 

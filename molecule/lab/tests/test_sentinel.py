@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import redis
 import yaml
-from cluster import REDIS, SENTINEL, Cluster
-from drills import Report, Stream
-from flower_client import Flower
-from nodes import REPOSITORY, Node, wait_for
-from targets import only_in_drills, only_in_test_all
+
+from helpers import REPOSITORY
+from helpers.cluster import REDIS, SENTINEL, Cluster
+from helpers.drills import Report, Stream
+from helpers.flower_client import Flower
+from helpers.nodes import Node, wait_for
+from helpers.targets import only_in_drills, only_in_test_all
 
 testinfra_hosts = ["ansible://app1"]
 

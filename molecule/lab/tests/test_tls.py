@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 import testinfra
-from authority import Authority, Issued
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from nodes import REPOSITORY, Node, wait_for
-from targets import only_in_drills, only_in_test_all
+
+from helpers import REPOSITORY
+from helpers.authority import Authority, Issued
+from helpers.nodes import Node, wait_for
+from helpers.targets import only_in_drills, only_in_test_all
 
 testinfra_hosts = ["ansible://data1"]
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from celery import Celery
-from nodes import REPOSITORY, Node, wait_for
+
+from helpers import REPOSITORY
+from helpers.nodes import Node, wait_for
 
 testinfra_hosts = ["ansible://celery_worker"]
 

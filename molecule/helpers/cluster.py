@@ -13,11 +13,12 @@ from typing import Any
 
 import redis
 import testinfra
-from authority import Issued, pem
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from nodes import Node, wait_for
+
+from helpers.authority import Issued, pem
+from helpers.nodes import Node, wait_for
 
 REDIS, SENTINEL = 6379, 26379
 MASTER = "celery"

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 from celery import Celery
-from nodes import REPOSITORY, Node, wait_for
-from targets import only_in_test_all
+
+from helpers import REPOSITORY
+from helpers.nodes import Node, wait_for
+from helpers.targets import only_in_test_all
 
 testinfra_hosts = ["ansible://celery_worker"]
 UNITS = ["celery-orders-beat", "celery-orders-worker@batch", "celery-orders-worker@critical", "celery-orders-worker@default"]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import amqp
-from cluster import Cluster
-from nodes import wait_for
+
+from helpers.cluster import Cluster
+from helpers.nodes import wait_for
 
 AMQPS, METRICS, DISTRIBUTION = 5671, 15691, 25672
 VHOST = "orders"

@@ -7,7 +7,8 @@ import time
 
 import pytest
 import redis
-from nodes import Node, wait_for
+
+from helpers.nodes import Node, wait_for
 
 testinfra_hosts = ["ansible://redis"]
 

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from nodes import Node, wait_for
-from targets import only_in_test_all
 
 from celery_platform.serialization import generate_key
+from helpers.nodes import Node, wait_for
+from helpers.targets import only_in_test_all
 
 testinfra_hosts = ["ansible://celery_worker"]
 

@@ -9,7 +9,8 @@ import time
 
 import pytest
 from celery import Celery
-from nodes import Node, wait_for
+
+from helpers.nodes import Node, wait_for
 
 testinfra_hosts = ["ansible://celery_worker"]
 

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from nodes import Node, wait_for
+
+from helpers.nodes import Node, wait_for
 
 testinfra_hosts = ["ansible://celery_worker"]
 

@@ -14,8 +14,9 @@ from datetime import datetime
 from itertools import pairwise
 from typing import IO, Any
 
-from nodes import REPOSITORY, Node, wait_for
-from targets import FULL
+from helpers import REPOSITORY
+from helpers.nodes import Node, wait_for
+from helpers.targets import FULL
 
 #: Where the stream's tasks wait, and the service that runs them.
 QUEUE, WORKER = "critical", "celery-orders-worker@critical"

@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 import yaml
-from nodes import Node
-from targets import only_in_test_all
+
+from helpers.nodes import Node
+from helpers.targets import only_in_test_all
 
 testinfra_hosts = ["ansible://celery_worker"]
 

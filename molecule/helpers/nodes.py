@@ -13,9 +13,9 @@ from typing import Any
 import redis
 import testinfra.host
 import yaml
-from waiting import wait_for as wait_for
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from helpers import REPOSITORY
+from helpers.waiting import wait_for as wait_for
 
 
 class Node:

@@ -9,7 +9,7 @@ import ssl
 from pathlib import Path
 from typing import Any
 
-from nodes import Node, wait_for
+from helpers.nodes import Node, wait_for
 
 
 class Flower:

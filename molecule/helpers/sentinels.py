@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import redis
-from sites import free_port, wait_for
+
+from helpers.sites import free_port, wait_for
 
 MASTER = "mymaster"
 PASSWORD = "secret"

@@ -9,9 +9,10 @@ import string
 import jinja2
 import pytest
 from ansible.plugins.filter.core import combine, flatten
-from nodes import REPOSITORY, Node
 
-import escape
+from filter import escape
+from helpers import REPOSITORY
+from helpers.nodes import Node
 
 testinfra_hosts = ["ansible://celery_worker"]
 

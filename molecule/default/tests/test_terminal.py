@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 from celery import Celery
-from nodes import REPOSITORY, Node, wait_for
+
+from helpers import REPOSITORY
+from helpers.nodes import Node, wait_for
 
 testinfra_hosts = ["ansible://celery_worker"]
 

@@ -17,14 +17,28 @@ from ansible.template import Templar, trust_as_template
 from ansible.vars.hostvars import HostVars
 from ansible.vars.manager import VariableManager
 
-import check_settings
+from action import check_settings
+from helpers import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 FACTS = {"distribution": "Debian", "distribution_major_version": "13", "distribution_version": "13.1", "memtotal_mb": 1000}
 FACTS |= {"virtualization_role": "guest", "virtualization_type": "podman", "fqdn": "one.example", "hostname": "one", "default_ipv4": {}}
 #: What a look at the host would find (roles/*/meta/rules.yml, `probes`).
 PROBE = {"host": {"wrong_names": {}, "disks": [], "missing_packages": [], "paths": []}, "certificate": {"problems": {}}, "unmade": {}}
 PROBE["rabbitmq"] = {"running": False, "installed": "", "candidate": "4.0.5", "nodes": [], "cookie_differs": False}
+
+#: The least that a site must set.
+SECRET = "nX7cY2pK9mQ4wL8vD3fG6hJ1"
+MAIN = {
+    "ansible_host": "127.0.0.1",
+    "redis_requirepass": "{{ vault_redis_requirepass }}",
+    "redis_users": [{"name": "orders", "password": "{{ vault_celery_redis_password }}"}],
+    "celery_app_name": "orders",
+    "celery_app_source": str(REPOSITORY / "examples" / "orders"),
+    "celery_app_application": "orders.app:app",
+    "celery_app_redis_password": "{{ vault_celery_redis_password }}",
+}
+VAULT = {"vault_redis_requirepass": SECRET, "vault_celery_redis_password": SECRET[::-1]}
+ONE_HOST = {"redis": ["one"], "celery_worker": ["one"], "celery_beat": ["one"]}
 
 init_plugin_loader()
 filter_loader.add_directory(str(REPOSITORY / "plugins" / "filter"))
@@ -81,3 +95,9 @@ class Site:
                 task, connection_loader.get("local", PlayContext()), PlayContext(), self.loader, templar, None
             )
         return list(action.run(task_vars=variables)["ansible_facts"]["settings_problems"])
+
+
+def site(folder: Path, groups: dict[str, list[str]] | None = None, *, vault: dict[str, Any] | None = None, **main: Any) -> Site:
+    """Return an inventory of one host, or of these groups, with these variables besides the least that it must set."""
+    files = {"group_vars/all/main.yml": MAIN | main, "group_vars/all/vault.yml": VAULT if vault is None else vault}
+    return Site(folder, groups or ONE_HOST, files)

@@ -14,8 +14,9 @@ import pytest
 import redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
-from sites import free_port
-from waiting import wait_for
+
+from helpers.sites import free_port
+from helpers.waiting import wait_for
 
 
 @contextmanager

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from waiting import wait_for as wait_for
 
 import celery_platform
 from celery_platform import configuration
 from celery_platform.settings import load_settings
+from helpers.waiting import wait_for as wait_for
 
 
 def free_port() -> int:
@@ -133,3 +133,10 @@ class Site:
         app = Celery("producer", set_as_current=False)
         app.conf.update(configuration.celery_config(settings))
         return app
+
+
+def cli(site: Site, *arguments: str, status: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command `celery-platform` as an operator does; raise AssertionError if it ends with another status."""
+    run = site.run("python", "-m", "celery_platform.cli", *arguments, check=False, **options)
+    assert run.returncode == status, run.stdout + run.stderr
+    return run

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from celery import Celery
-from nodes import REPOSITORY, Node, wait_for
+
+from helpers import REPOSITORY
+from helpers.nodes import Node, wait_for
 
 testinfra_hosts = ["ansible://celery_worker"]
 UNITS = ["celery-orders-beat", "celery-orders-worker@batch", "celery-orders-worker@critical", "celery-orders-worker@default"]
