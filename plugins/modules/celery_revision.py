@@ -221,11 +221,19 @@ class Earlier:
         for folder in STATE:
             self._move_below(folder, application)
         self._give(writable_paths, user)
-        home = os.path.dirname(os.path.dirname(os.path.realpath(os.path.join(self._current, RELEASE))))
-        if os.path.basename(home) and os.path.realpath(releases) != os.path.join(home, "releases"):
-            remove(os.path.join(home, "releases"), os.path.join(home, "current"))
+        if os.path.realpath(releases) != os.path.join(self._home(), "releases"):
+            remove(os.path.join(self._home(), "releases"), os.path.join(self._home(), "current"))
         remove(f"{UNITS}/celery-.service.d", f"{UNITS}/celery-next-.service.d", "/etc/logrotate.d/celery")
         remove(*(os.path.join(self._top, name) for name in ("celery.env", "credentials", "next", "revisions", "current")))
+
+    def let_pass(self) -> None:
+        """Let users other than its own through the folder above its releases, in which applications have theirs now."""
+        # As systemd makes such a folder.
+        os.chmod(self._home(), 0o755)  # noqa: S103
+
+    def _home(self) -> str:
+        """Return the folder of its releases' folder."""
+        return os.path.dirname(os.path.dirname(os.path.realpath(os.path.join(self._current, RELEASE))))
 
     @staticmethod
     def _move_below(folder: str, application: str) -> None:
@@ -433,6 +441,8 @@ def work(module: AnsibleModule) -> dict[str, Any]:
     result = {"revision": site.wanted, "new_release": site.new_release()}
     if state == "checked":
         if not module.check_mode:
+            if site.earlier.is_here():
+                site.earlier.let_pass()
             site.check()
         return {"changed": bool(site.stale), "removed": site.stale, **result}
     earlier = site.earlier.is_here()
