@@ -220,7 +220,7 @@ class Earlier:
             self._systemd.remove(unit)
         for folder in STATE:
             self._move_below(folder, application)
-        self._give(writable_paths, user)
+        self._give([*(os.path.join(folder, application) for folder in STATE), *writable_paths], user)
         if os.path.realpath(releases) != os.path.join(self._home(), "releases"):
             remove(os.path.join(self._home(), "releases"), os.path.join(self._home(), "current"))
         remove(f"{UNITS}/celery-.service.d", f"{UNITS}/celery-next-.service.d", "/etc/logrotate.d/celery")
@@ -237,7 +237,7 @@ class Earlier:
 
     @staticmethod
     def _move_below(folder: str, application: str) -> None:
-        """Move all that is in a folder into the application's folder in it; systemd gives that to its user at the next start."""
+        """Move all that is in a folder into the application's folder in it."""
         names = os.listdir(folder) if os.path.isdir(folder) else []
         own = os.path.join(folder, application)
         # What is root's already was moved, or is the new layout's.
@@ -246,7 +246,9 @@ class Earlier:
         os.makedirs(own, mode=0o700, exist_ok=True)
         for name in names:
             if name != application:
-                os.rename(os.path.join(folder, name), os.path.join(own, name))
+                # What the application has written there since, in its check, stays its own.
+                taken = os.path.lexists(os.path.join(own, name))
+                os.rename(os.path.join(folder, name), os.path.join(own, f"{name}.earlier" if taken else name))
         # As systemd makes a folder in which services have theirs.
         os.chmod(folder, 0o755)  # noqa: S103
         os.chown(folder, 0, 0)

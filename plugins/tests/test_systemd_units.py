@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import socketserver
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible.module_utils import systemd_units
 
-# As Ansible gives it to modules, from module_utils.
-NAME = "ansible.module_utils.systemd_units"
-spec = importlib.util.spec_from_file_location(NAME, Path(__file__).parents[1] / "module_utils/systemd_units.py")
-assert spec is not None
-assert spec.loader is not None
-systemd_units = importlib.util.module_from_spec(spec)
-sys.modules[NAME] = systemd_units
-spec.loader.exec_module(systemd_units)
-from modules.celery_revision import contents_of, copy, identity  # noqa: E402
+from modules.celery_revision import contents_of, copy, identity
 
 digest_of, replace_file, replace_link = systemd_units.digest_of, systemd_units.replace_file, systemd_units.replace_link
 
