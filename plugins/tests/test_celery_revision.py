@@ -6,6 +6,8 @@ With real files and users; systemd does not run here.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -95,24 +97,22 @@ def test_what_an_application_had_becomes_its_own(tmp_path: Path, systemd: System
 
 
 def test_a_move_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: celery_revision.Earlier) -> None:
-    done = 0
+    def fails_at(name: str, last: int) -> Callable[..., None]:
+        calls, real = iter(range(1, last)), getattr(os, name)
 
-    def failing(*arguments: Any, **options: Any) -> None:
-        nonlocal done
-        done += 1
-        if done == stop:
-            raise InterruptedError
-        real(*arguments, **options)
+        def call(*arguments: Any, **options: Any) -> None:
+            if next(calls, None) is None:
+                raise InterruptedError
+            real(*arguments, **options)
 
-    for name in ("rename", "chown", "unlink"):
-        real = getattr(os, name)
-        for stop in (1, 2):
-            done = 0
-            with monkeypatch.context() as patch:
-                patch.setattr(celery_revision.os, name, failing)
-                with pytest.raises(InterruptedError):
-                    move(earlier, tmp_path)
-            assert earlier.is_here()
+        return call
+
+    for name, call in product(("rename", "chown", "unlink"), (1, 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(celery_revision.os, name, fails_at(name, call))
+            with pytest.raises(InterruptedError):
+                move(earlier, tmp_path)
+        assert earlier.is_here()
     move(earlier, tmp_path)
 
     assert not earlier.is_here()
