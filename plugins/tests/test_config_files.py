@@ -180,14 +180,16 @@ def test_a_run_that_is_killed_while_it_writes_leaves_files_that_are_old_or_new(t
     paths = [tmp_path / f"{number}" for number in range(40)]
     entries = [file(path, new) for path in paths]
     # On a busy machine this process may not come to its turn before all are written.
-    for _ in range(5):
+    for _ in range(20):
         for path in paths:
             path.write_text(old)
+        former = paths[0].stat()
         with start(entries) as process:
-            while paths[0].read_text() == old:
+            while (now := paths[0].stat()).st_ino == former.st_ino and now.st_mtime_ns == former.st_mtime_ns:
                 time.sleep(0.0001)
+            process.send_signal(signal.SIGSTOP)
             # As whoever reads one meanwhile.
-            seen = {path.read_text() for path in paths[:20]}
+            seen = {path.read_text() for path in paths}
             process.kill()
         seen |= {path.read_text() for path in paths}
         assert {text[:3] + text[-3:] for text in seen - {old, new}} == set()

@@ -245,7 +245,7 @@ from action import generate_secrets
 os.{call} = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 generate_secrets.replace(Path(sys.argv[1]), b"new")
 """
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "plugins/action")}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "plugins")}
     assert subprocess.run([sys.executable, "-c", code, path], env=environment).returncode == -signal.SIGKILL
 
     assert path.read_text() == "old"
