@@ -20,7 +20,7 @@ STARTED := $(shell date +%s)
 part    = printf '%-52s %10s s\n' '$(1)' $$(($$(date +%s) - $(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help deploy demo status ssh environment secrets destroy test lint unit coverage molecule test-all drills bench-converge docs clean
+.PHONY: help deploy demo status ssh environment secrets destroy lab-snapshot lab-restore test lint unit coverage molecule test-all drills bench-converge docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -61,6 +61,12 @@ secrets: $(VENV)/controller ## Write random values for the secrets that ENV lack
 destroy: $(VENV)/controller ## Remove the lab hosts of ENV
 	@$(SHOW) $(BIN)/ansible-playbook -i localhost, playbooks/lab.yml \
 	  -e lab_state=absent -e lab_inventory=$(abspath $(INVENTORY)) $(ARGS)
+
+lab-snapshot: $(VENV)/controller ## Save what is on the lab hosts of ENV
+	@$(DEPLOY) playbooks/lab.yml -e lab_state=saved $(ARGS)
+
+lab-restore: $(VENV)/controller ## Go back to what was saved of the lab hosts of ENV, in seconds
+	@$(DEPLOY) playbooks/lab.yml -e lab_state=restored $(ARGS)
 
 test: lint unit molecule ## Everything that .ci/run runs
 

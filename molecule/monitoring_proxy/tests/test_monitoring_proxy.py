@@ -1,0 +1,76 @@
+"""One host that shows what runs on it, to those who have a password, and to nobody from outside."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+from helpers.nodes import Node, wait_for
+
+testinfra_hosts = ["ansible://monitoring"]
+
+PATHS = ["/", "/flower/", "/flower/api/workers", "/prometheus/-/ready", "/prometheus/api/v1/targets", "/alertmanager/api/v2/status"]
+JOBS = {"alertmanager", "blackbox", "celery", "node", "prometheus", "redis"}
+
+
+def ask(node: Node, *paths: str, password: str | None = None) -> dict[str, tuple[int, str]]:
+    """Return status and text of pages, asked for on the host itself."""
+    login = {} if password is None else {"Authorization": "Basic " + base64.b64encode(f"operator:{password}".encode()).decode()}
+    script = f"""
+import http.client, json
+found = dict()
+for path in {paths!r}:
+    connection = http.client.HTTPConnection("127.0.0.1", 8080, timeout=20)
+    connection.request("GET", path, headers={login!r})
+    answer = connection.getresponse()
+    found[path] = answer.status, answer.read().decode(errors="replace")
+print(json.dumps(found))
+"""
+    return {path: tuple(answer) for path, answer in json.loads(node.python(script)).items()}
+
+
+def page(node: Node, path: str) -> str:
+    """Return a page that must be there."""
+    status, text = ask(node, path, password=node.secrets["vault_monitoring_proxy_password"])[path]
+    assert status == 200, text
+    return text
+
+
+def test_without_the_password_nothing_is_shown(node: Node) -> None:
+    for password in (None, "", "wrong", node.secrets["vault_redis_exporter_password"]):
+        assert {path: status for path, (status, _) in ask(node, *PATHS, password=password).items()} == dict.fromkeys(PATHS, 401)
+
+
+def test_with_the_password_all_is_shown(node: Node) -> None:
+    answers = ask(node, *PATHS, password=node.secrets["vault_monitoring_proxy_password"])
+    assert {path: status for path, (status, _) in answers.items()} == dict.fromkeys(PATHS, 200)
+    assert "<h1>orders</h1>" in answers["/"][1]
+
+
+def test_it_and_what_is_behind_it_are_reached_from_the_host_only(node: Node) -> None:
+    listening = node.host.check_output("ss -Hltn 'sport = :8080 or sport = :9090 or sport = :9093 or sport = :9100 or sport = :9121'")
+    assert {line.split()[3].rpartition(":")[0] for line in listening.splitlines()} == {"127.0.0.1"}
+
+
+def test_all_targets_are_up(node: Node) -> None:
+    def states() -> dict[str, Any]:
+        targets = json.loads(page(node, "/prometheus/api/v1/targets"))["data"]["activeTargets"]
+        return {target["labels"]["job"]: (target["health"], target["lastError"]) for target in targets}
+
+    wait_for("the targets", lambda: {health for health, _ in states().values()} == {"up"}, seconds=60, every=1, why=states)
+    assert set(states()) == JOBS
+
+
+def test_flower_and_prometheus_see_a_task(node: Node) -> None:
+    seen = node.celery_python("print(app.send_task('orders.tasks.send_email', (4711,)).id)")
+    workers = json.loads(page(node, "/flower/api/workers?refresh=true"))
+    assert {name.partition("@")[2].partition(".")[0] for name in workers} == {"critical", "default", "batch"}
+
+    def known() -> bool:
+        status, text = ask(node, f"/flower/api/task/info/{seen}", password=node.secrets["vault_monitoring_proxy_password"]).popitem()[1]
+        return status == 200 and json.loads(text)["state"] == "SUCCESS"
+
+    wait_for("the task", known, seconds=30, every=1)
+    result = json.loads(page(node, "/prometheus/api/v1/query?query=celery_queue_consumers"))["data"]["result"]
+    assert {found["metric"]["queue"]: found["value"][1] for found in result} >= {"critical": "1", "default": "1", "batch": "1"}
