@@ -519,7 +519,7 @@ SYNTAXES: dict[str, set[str]] = {
     "*/index.html.j2": {"e"},
     "*/htpasswd.j2": {"password_hash"},
     "*/flowerconfig.py.j2": {"to_json"},
-    "*/*.yml.j2": {"yaml_quote"},
+    "*/*.yml.j2": {"yaml_quote", "to_json"},
     "*/pace.j2": {"yaml_quote"},
     "*/*.service.j2": {"systemd_value", "systemd_exec_arg"},
     "*/*.conf.j2": {"systemd_value", "systemd_exec_arg"},

@@ -41,7 +41,7 @@ def test_a_django_project_that_nobody_adapted_is_deployed_by_inventory_alone(nod
         options = {"global_keyprefix": "library:"}
         web.conf.update(broker_transport_options=options, result_backend_transport_options=options, task_default_queue="default")
         assert [web.send_task("books.tasks.lend", ("Emma",)).get(timeout=20) for _ in range(2)] == [1, 2]
-        overruled = node.host.check_output("journalctl --unit=celery-orders-worker@default --output=cat --since=-5min")
+        overruled = node.host.check_output("journalctl --unit=celery-library-worker@default --output=cat --since=-5min")
         assert "accept_content of the application is overruled" in overruled
         demo = node.run_playbook("-e", f"@{library}", playbook="playbooks/operations/demo.yml")
         assert demo.returncode == 0, demo.stdout
@@ -53,12 +53,16 @@ every, _ = IntervalSchedule.objects.get_or_create(every=1, period="seconds")
 PeriodicTask.objects.get_or_create(name="lend", defaults={"task": "books.tasks.lend", "args": '["Ulysses"]', "interval": every})
 """
         node.host.check_output("celery-exec python manage.py shell -c %s", schedule)
-        log = node.host.file("/var/log/celery/orders/beat.log")
+        log = node.host.file("/var/log/celery/library/beat.log")
         wait_for("a periodic task from the database", lambda: "Sending due task lend" in log.content_string, seconds=30)
         assert web.send_task("books.tasks.lend", ("Ulysses",)).get(timeout=20) > 1
         web.close()
+        # The application that the inventory no longer names.
+        assert node.host.run("systemctl list-units --plain --no-legend 'celery-orders-*'").stdout == ""
+        assert node.host.file("/etc/celery").listdir() == ["library"]
     finally:
         node.converge()
+    assert node.host.file("/etc/celery").listdir() == ["orders"]
 
 
 def test_another_distribution_stops_the_run(node: Node) -> None:

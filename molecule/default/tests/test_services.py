@@ -110,7 +110,7 @@ print(json.dumps(errors))
 
 
 def test_the_sandbox_lets_the_application_do_what_is_allowed_and_tells_what_is_not(node: Node) -> None:
-    """One by one, at the price that the role's README tells; a drop-in of the same name in place of that of celery-."""
+    """One by one, at the price that the role's README tells."""
     readme = (REPOSITORY / "roles/celery_app/README.md").read_text()
     prices = {name: float(price) for name, price in re.findall(r"^\| `([a-z]+)` \|.*\| ([0-9.]+) \|$", readme, re.MULTILINE)}
     found, expected, exposures = {}, {}, {}
@@ -158,11 +158,24 @@ def test_the_application_cannot_write_where_it_runs(node: Node) -> None:
     assert denied.stderr.count("Read-only file system") == 3
 
 
+def test_celery_exec_is_told_the_application_where_there_are_several(node: Node) -> None:
+    folder = "cd && basename $PWD"
+    assert node.host.check_output("celery-exec --application orders sh -c %s", folder) == "orders"
+    node.host.check_output("mkdir -p /etc/celery/shop/current/release")
+    try:
+        refused = node.host.run("celery-exec true")
+        assert (refused.rc, refused.stderr.strip()) == (2, "This host has several applications. Say which, by --application: orders shop.")
+        assert node.host.check_output("celery-exec --application orders sh -c %s", folder) == "orders"
+        assert node.host.run("celery-exec --application order true").rc == 2
+    finally:
+        node.host.check_output("rm -r /etc/celery/shop")
+
+
 @pytest.mark.parametrize("signal", ["TERM", "HUP", "INT"])
 def test_a_command_of_celery_exec_ends_with_who_called_it(node: Node, signal: str) -> None:
     ended = node.host.run(f"echo $(timeout --signal={signal} 3 celery-exec sleep 300; echo $?)")
     assert ended.stdout.strip() == "124"
-    assert node.host.check_output("systemctl list-units --no-legend 'celery-exec-*'") == ""
+    assert node.host.check_output("systemctl list-units --no-legend 'celery-orders-*exec-*'") == ""
 
 
 def test_no_secret_is_readable_by_others(node: Node) -> None:

@@ -119,7 +119,7 @@ def test_logs_rotated_under_a_stream_of_tasks_lose_no_line(node: Node, orders: C
     try:
         for _ in range(3):
             time.sleep(2)
-            node.host.check_output("logrotate --force /etc/logrotate.d/celery")
+            node.host.check_output("logrotate --force /etc/logrotate.d/celery-orders")
         time.sleep(1)
     finally:
         stop.set()
