@@ -72,6 +72,10 @@ def test_flower_and_prometheus_see_a_task(node: Node) -> None:
         return status == 200 and json.loads(text)["state"] == "SUCCESS"
 
     wait_for("the task", known, seconds=30, every=1)
-    result = json.loads(page(node, "/prometheus/api/v1/query?query=celery_queue_consumers"))["data"]["result"]
-    consumers = {found["metric"]["queue"]: found["value"][1] for found in result}
-    assert [consumers.get(queue) for queue in ("critical", "default", "batch")] == ["1", "1", "1"]
+
+    def consumers() -> dict[str, str]:
+        found = json.loads(page(node, "/prometheus/api/v1/query?query=celery_queue_consumers"))["data"]["result"]
+        return {one["metric"]["queue"]: one["value"][1] for one in found}
+
+    # It looks every 15 s.
+    wait_for("consumers", lambda: set(consumers().values()) == {"1"} and len(consumers()) == 3, seconds=40, every=1, why=consumers)
