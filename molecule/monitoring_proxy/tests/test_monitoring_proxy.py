@@ -73,9 +73,9 @@ def test_flower_and_prometheus_see_a_task(node: Node) -> None:
 
     wait_for("the task", known, seconds=30, every=1)
 
-    def consumers() -> dict[str, str]:
-        found = json.loads(page(node, "/prometheus/api/v1/query?query=celery_queue_consumers"))["data"]["result"]
-        return {one["metric"]["queue"]: one["value"][1] for one in found}
+    def up() -> dict[str, str]:
+        found = json.loads(page(node, "/prometheus/api/v1/query?query=celery_worker_up"))["data"]["result"]
+        return {one["metric"]["worker"].partition("@")[2].partition(".")[0]: one["value"][1] for one in found}
 
     # It looks every 15 s.
-    wait_for("consumers", lambda: set(consumers().values()) == {"1"} and len(consumers()) == 3, seconds=40, every=1, why=consumers)
+    wait_for("the workers", lambda: up() == {"critical": "1", "default": "1", "batch": "1"}, seconds=40, every=1, why=up)
