@@ -28,7 +28,7 @@ SITE = {
     "prometheus_queue_length": 1000,
     "prometheus_longest_task": 900,
     "prometheus_unacknowledged_after": 3600,
-    "__prometheus_pace": 1,
+    "site_pace": 1,
     "__prometheus_worker_hosts": ["app1", "app2"],
     "__prometheus_beat_hosts": ["app1", "app2"],
     "__prometheus_beat_interval": 5,
@@ -77,7 +77,7 @@ def checks() -> list[dict[str, Any]]:
     "site",
     [
         pytest.param({}, id="lab"),
-        pytest.param({"__prometheus_pace": 60}, id="hurried"),
+        pytest.param({"site_pace": 60}, id="hurried"),
         pytest.param({"__prometheus_beat_hosts": [], "__prometheus_worker_hosts": []}, id="without Celery"),
     ],
 )

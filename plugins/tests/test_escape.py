@@ -61,7 +61,7 @@ filter_loader.add_directory(str(REPOSITORY / "plugins/filter"))
 def render(template: str, *roles: str, **variables: Any) -> str:
     """Return a role's template (`<role>/<file>.j2`), rendered with the variables of this role and others, and with these."""
     loader = DataLoader()  # type: ignore[no-untyped-call]
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(loader.load_from_file(str(REPOSITORY / "roles/site/vars/main/site.yml"), trusted_as_template=True))
     for role in (template.partition("/")[0], *roles):
         for part in ("defaults", "vars"):
             if (path := REPOSITORY / "roles" / role / part / "main.yml").exists():
@@ -447,7 +447,7 @@ def render_with_other_delimiters(template: str, **variables: Any) -> str:
     environment = jinja2.Environment(trim_blocks=True, **OTHER_DELIMITERS)
     environment.filters |= escape.FilterModule().filters()
     values = {"ansible_managed": "x", "alertmanager_repeat_page": 2, "alertmanager_repeat_ticket": 24}
-    values |= {"__alertmanager_pace": 1, "__alertmanager_broker_alert": "RedisWithoutMaster"}
+    values |= {"site_pace": 1, "__alertmanager_broker_alert": "RedisWithoutMaster"}
     return environment.from_string((REPOSITORY / "roles" / role / "templates" / file).read_text()).render(values | variables)
 
 
@@ -472,7 +472,7 @@ def test_flower_reads_back_its_options(tmp_path: Path, monkeypatch: pytest.Monke
         "celery_flower/flowerconfig.py.j2",
         celery_flower_options=options,
         celery_flower_read_only=True,
-        __celery_monitor_uses_rabbitmq=False,
+        site_monitor_uses_rabbitmq=False,
     )
     found: dict[str, Any] = {}
     exec(compile(text, "flowerconfig.py", "exec"), found)
@@ -494,7 +494,7 @@ def test_ssh_reads_back_names_of_files(tmp_path: Path) -> None:
 
 
 def test_logrotate_takes_the_file(tmp_path: Path) -> None:
-    text = render("celery_app/logrotate.j2", celery_app_user="root", __celery_app_logs=str(tmp_path))
+    text = render("celery_app/logrotate.j2", celery_app_user="root", site_app_logs=str(tmp_path))
     (tmp_path / "logrotate.conf").write_text(text)
     (tmp_path / "a.log").write_text("line\n")
 
@@ -529,7 +529,6 @@ SYNTAXES: dict[str, set[str]] = {
 PLAIN = {
     # The roles' preflights allow letters, digits and a few signs; numbers; or one of a few words.
     *("celery_app_home", "celery_app_name", "celery_app_user", "pki_group", "rabbitmq_plugins"),
-    *("__celery_app_logs", "__celery_app_state", "__celery_app_units"),
     *("celery_app_settings.log_level", "celery_app_settings.redis_transport", "worker.pool", "user.name", "name"),
     *("worker.concurrency", "worker.cpu_weight", "worker.max_memory_per_child", "worker[]", "item.port", "database"),
     # plugins/filter/flows.py has checked them; inetrc and epmd.conf test for an IPv4 address.
@@ -575,7 +574,7 @@ def written(node: nodes.Node, filters: set[str], ready: set[str]) -> Iterator[st
             pass
         case nodes.Name() | nodes.Getattr() | nodes.Getitem():
             name = dotted(node)
-            if name.partition(".")[0] not in ready and not re.fullmatch(r"__\w+(\[\])?|loop[.]\w+", name):
+            if name.partition(".")[0] not in ready and not re.fullmatch(r"(__|site_)\w+(\[\])?|loop[.]\w+", name):
                 yield name
         case _:
             for child in node.iter_child_nodes():

@@ -199,7 +199,7 @@ def test_what_nobody_set_is_left_to_the_application_and_the_runtime(tmp_path: Pa
     assert variables["CELERY_PLATFORM_RESULT_BACKEND_IS_DEFAULT"] == "true"
     # What other roles reckon with is the runtime's.
     for name in ("soft_time_limit", "time_limit", "visibility_timeout"):
-        assert here.value(f"__celery_app_{name}") == getattr(DEFAULTS, name)
+        assert here.value(f"site_{name}") == getattr(DEFAULTS, name)
 
     chosen = {"celery_app_time_limit": 800, "celery_app_result_backend": "redis://orders@a:6379/1"}
     variables = rendered(site(tmp_path / "chosen", **chosen).render("celery_app/templates/celery.env.j2"))

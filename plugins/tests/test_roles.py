@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -69,3 +70,26 @@ def test_every_role_knows_the_variables_of_all_others() -> None:
         assert yaml.safe_load((REPOSITORY / "roles" / role / "meta/main.yml").read_text())["dependencies"] == ["site"], role
     known = yaml.safe_load((REPOSITORY / "roles/site/vars/main/site.yml").read_text())["__site_roles"]
     assert {entry["role"] for entry in known} == set(ROLES) - APART
+
+
+def test_a_role_reads_no_internal_variable_of_another() -> None:
+    """What several roles read stands in roles/site; roles/common is made to be used by others."""
+    folder = REPOSITORY / "roles"
+    files = {role: [path for path in (folder / role).rglob("*") if path.is_file() and not path.is_symlink()] for role in ROLES}
+    owner = {
+        name: role
+        for role in set(ROLES) - APART
+        for path in files[role]
+        if path.parent.name == "vars"
+        for name in yaml.safe_load(path.read_text()) or {}
+        if name.startswith("__")
+    }
+    read = [
+        (role, name, path.name)
+        for role in set(ROLES) - {"site"}
+        for path in files[role]
+        for name in set(re.findall(r"__[a-z]\w+", path.read_text(errors="replace"))) & set(owner)
+        if owner[name] != role
+    ]
+    assert len(owner) > 100
+    assert read == []

@@ -26,7 +26,7 @@ testinfra_hosts = ["ansible://ops1"]
 FILES = "/etc/ssl/celery-platform"
 
 #: What Prometheus takes for a minute is two seconds here, so that alerts that wait for an hour come in two minutes.
-PACE = {"__prometheus_pace": 30, "__alertmanager_pace": 30}
+PACE = {"site_pace": 30}
 HOOK = "http://127.0.0.1:9999/"
 #: What Alertmanager posts, one JSON document a line.
 POSTED = "/run/alerts.jsonl"
