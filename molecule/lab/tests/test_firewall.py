@@ -240,6 +240,7 @@ def test_absent_opens_the_host_and_leaves_nothing(lab: Lab, app: str) -> None:
     assert node.host.check_output("systemctl is-enabled nftables-celery") == "enabled"
 
 
+@only_in_test_all
 def test_settings_that_cannot_work_are_refused_before_a_host_is_touched(lab: Lab, app: str) -> None:
     before = lab.nodes[app].host.check_output(TABLE)
     flows = [{"name": "web", "port": 80443, "from": ["everywhere"]}, {"name": "x", "port": 80, "from": ["celery_wroker"]}]

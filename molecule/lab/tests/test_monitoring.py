@@ -19,7 +19,7 @@ from helpers import REPOSITORY
 from helpers.cluster import Cluster
 from helpers.nodes import Node, wait_for
 from helpers.rabbit import SERVICE, RabbitCluster
-from helpers.targets import only_in_drills
+from helpers.targets import only_in_drills, only_in_test_all
 
 testinfra_hosts = ["ansible://ops1"]
 
@@ -168,6 +168,7 @@ def runbook_commands() -> dict[str, set[str]]:
     return found
 
 
+@only_in_test_all
 def test_what_runbooks_look_at_is_there(cluster: Cluster, node: Node) -> None:
     define = (REPOSITORY / "docs/runbooks/README.md").read_text().split("```")[1]
     password = cluster.secrets["vault_redis_operator_password"]

@@ -198,6 +198,7 @@ def test_urgent_messages_come_first_where_the_version_has_priorities(cluster: Ra
 # --- What a run does to it ---
 
 
+@only_in_test_all
 def test_a_check_finds_nothing_to_do(cluster: RabbitCluster) -> None:
     before = pids(cluster)
     assert cluster.application.converge(ONLY, "--check", "--diff")["changed"] == []
@@ -363,6 +364,7 @@ def test_a_queue_that_would_have_to_change_stops_the_run(cluster: RabbitCluster)
         connection.close()
 
 
+@only_in_test_all
 def test_an_even_number_of_nodes_is_warned_of(cluster: RabbitCluster, other_inventory: Callable[[list[str]], Node]) -> None:
     output = other_inventory(["data1", "data2", "data3", "app1"]).run_playbook("--tags=none", "--check")
     assert "4 nodes of RabbitMQ survive the loss of no more of them than 3 would" in output.stdout + output.stderr

@@ -62,7 +62,7 @@ def workers_killed(cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        master_frozen,
+        pytest.param(master_frozen, marks=only_in_test_all),
         pytest.param(workers_killed, marks=only_in_test_all),
         pytest.param(sentinel_and_master_killed, marks=only_in_test_all),
         pytest.param(master_alone_with_a_producer, marks=only_in_drills),
