@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 import redis
@@ -38,18 +39,27 @@ def shop(site: Site, redis_url: str) -> Site:
 
 
 @contextmanager
-def beat(site: Site, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Manager]]:
+def beat(
+    site: Site, folder: Path, scheduler: str = "redbeat.RedBeatScheduler", log: IO[bytes] | None = None
+) -> Iterator[tuple[subprocess.Popen[bytes], Manager]]:
     """Run a beat that looks at its schedule at least every second, and reports to a manager of its own."""
     folder.mkdir()
     manager = Manager(folder)
     command = [Path(sys.executable).with_name("celery"), "-A", "celery_platform.worker:app", "beat", "--max-interval=1", "--pidfile="]
     environment = os.environ | site.environment | {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": f"{WATCHDOG}000000"}
-    with subprocess.Popen([*command, "--scheduler=redbeat.RedBeatScheduler"], env=environment, cwd=site.folder) as process:
+    command += [f"--scheduler={scheduler}"]
+    with subprocess.Popen(command, env=environment, cwd=site.folder, stdout=log, stderr=log) as process:
         try:
             wait_for("READY", lambda: manager.last("READY=1"))
             yield process, manager
         finally:
             process.kill()
+
+
+def test_a_beat_alone_is_not_asked_for_a_lock(shop: Site, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log, beat(shop, tmp_path / "alone", "celery.beat.PersistentScheduler", log) as (_, manager):
+        wait_for("a tick", lambda: manager.last(ACTIVE))
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_one_of_several_beats_is_active_and_another_takes_over(shop: Site, redis_url: str, tmp_path: Path) -> None:

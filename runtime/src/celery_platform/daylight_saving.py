@@ -10,6 +10,7 @@ Owns four patches, for defects of Celery up to 5.7.0 and RedBeat 2.4.2:
   and may pass over a time just behind a gap.
 - `RedBeatSchedulerEntry.due_at` (redbeat/schedulers.py) adds real seconds to what the clock shows: an hour off.
 - `RedBeatJSONEncoder.default` (redbeat/decoder.py) forgets which of two times with the same name is meant.
+- `acquire_distributed_beat_lock` (redbeat/schedulers.py), connected wherever that is imported, fails for any other scheduler.
 Each can go when the year in the tests passes without it.
 """
 
@@ -21,6 +22,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from celery import Celery
+from celery.beat import Scheduler
 from celery.schedules import crontab, schedule
 from celery.utils.time import timezone
 
@@ -124,5 +126,7 @@ def guard_redbeat() -> None:
             encoded["fold"] = value.fold
         return encoded
 
+    # Once imported, RedBeat asks the scheduler of any beat for its lock.
+    Scheduler.lock_key = None
     RedBeatSchedulerEntry.due_at = property(due_at)
     RedBeatJSONEncoder.default = default
