@@ -4,14 +4,14 @@ A crontab whose hours are `*` runs whenever the clock shows one of its minutes: 
 not. One that names hours runs once for each time that it names: at the first of two, and for skipped ones when the gap
 ends. So does Debian's cron (cron(8)). Intervals are real time.
 
-Owns four patches, for defects of Celery up to 5.7.0 and RedBeat 2.4.2:
+Owns five patches, for defects of Celery up to 5.7.0 and RedBeat 2.4.2:
 - `schedule.remaining_estimate` (celery/schedules.py, before 5.7) adds real seconds to what the clock shows: an hour off.
 - `crontab.remaining_estimate` (celery/schedules.py) goes on from what the clock shows, so nothing runs in a repeated hour,
   and may pass over a time just behind a gap.
 - `RedBeatSchedulerEntry.due_at` (redbeat/schedulers.py) adds real seconds to what the clock shows: an hour off.
 - `RedBeatJSONEncoder.default` (redbeat/decoder.py) forgets which of two times with the same name is meant.
 - `acquire_distributed_beat_lock` (redbeat/schedulers.py), connected wherever that is imported, fails for any other scheduler.
-Each can go when the year in the tests passes without it.
+Each can go when the year in the tests, or a beat alone, passes without it.
 """
 
 from __future__ import annotations
