@@ -304,6 +304,17 @@ def test_secrets_of_the_application_are_judged_by_name(tmp_path: Path) -> None:
     assert secret not in "".join(problems)
 
 
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [("shop", False), ("next-shop", False), ("shop_2", False), ("next", True), ("monitor", True), ("Shop", True), ("2shop", True)],
+)
+def test_an_application_has_a_name_that_units_and_folders_can_have(tmp_path: Path, name: str, refused: bool) -> None:
+    users = [{"name": name, "password": "{{ vault_celery_redis_password }}"}]
+    problems = site(tmp_path, celery_app_name=name, redis_users=users).judge()
+
+    assert any(problem.startswith("celery_app_name is ") and "beginning with a letter" in problem for problem in problems) is refused
+
+
 def test_folders_that_can_be_opened_and_others(tmp_path: Path) -> None:
     good = ["/srv/uploads", "/srv/.cache/a..b", "/var/lib/shop", "/homes/x", "/optional"]
     odd = ["/", "srv", "/srv/../etc", "/srv/.", "/srv//x", "/srv/a b", "/srv/a\\", "/srv/%n"]
