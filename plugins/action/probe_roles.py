@@ -16,8 +16,8 @@ class ActionModule(ActionBase):
     """Arguments: `roles`, whose `probes` in meta/rules.yml are made.
 
     A probe has a `name`, a `module`, its `arguments` and optionally a condition, `when`. Those of one name and module are made in
-    one run, with their lists joined. The result has what the modules answered, by the name; and in `unmade`, by name, why one
-    could not be made: its settings are wrong, which `check_settings` reports.
+    one run, with their lists joined. The result has what the modules answered, by the name; in `unmade`, by name, why one could
+    not be made: its settings are wrong, which `check_settings` reports; and in `roles` whose probes these are.
     """
 
     TRANSFERS_FILES = False
@@ -44,4 +44,4 @@ class ActionModule(ActionBase):
             if answer.get("failed"):
                 return result | dict(answer)
             result[name] = {key: value for key, value in answer.items() if key != "invocation"} if isinstance(answer, Mapping) else answer
-        return result | {"changed": False, "unmade": unmade}
+        return result | {"changed": False, "unmade": unmade, "roles": list(self._task.args["roles"])}
