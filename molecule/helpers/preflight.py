@@ -23,7 +23,7 @@ from helpers import REPOSITORY
 FACTS = {"distribution": "Debian", "distribution_major_version": "13", "distribution_version": "13.1", "memtotal_mb": 1000}
 FACTS |= {"virtualization_role": "guest", "virtualization_type": "podman", "fqdn": "one.example", "hostname": "one", "default_ipv4": {}}
 #: What a look at the host would find (roles/*/meta/rules.yml, `probes`).
-PROBE: dict[str, Any] = {"roles": [], "host": {"wrong_names": {}, "disks": [], "missing_packages": [], "paths": []}, "certificate": {"problems": {}}, "unmade": {}}
+PROBE = {"host": {"wrong_names": {}, "disks": [], "missing_packages": [], "paths": []}, "certificate": {"problems": {}}, "unmade": {}}
 PROBE["rabbitmq"] = {"running": False, "installed": "", "candidate": "4.0.5", "nodes": [], "cookie_differs": False}
 
 #: The least that a site must set.
