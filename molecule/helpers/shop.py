@@ -82,14 +82,19 @@ def dies():
 """
 
 
-@pytest.fixture(params=["redis", "rabbitmq"])
-def shop(request: pytest.FixtureRequest, site: Site, redis_url: str) -> Site:
-    """A site with tasks that fail, on each broker."""
+def use_broker(request: pytest.FixtureRequest, site: Site, redis_url: str) -> None:
+    """Give a site the broker that a fixture's parameter names: redis, or else a RabbitMQ."""
     if request.param == "redis":
         site.set(broker_url=f"{redis_url}/0")
     else:
         site.set(broker_url=request.getfixturevalue("rabbitmq")[0])
         site.secret(broker_password="guest")
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def shop(request: pytest.FixtureRequest, site: Site, redis_url: str) -> Site:
+    """A site with tasks that fail, on each broker."""
+    use_broker(request, site, redis_url)
     site.set(result_backend=f"{redis_url}/1", key_prefix="shop:", queues='["default"]', publish_timeout="3")
     site.write(SHOP)
     return site

@@ -180,6 +180,11 @@ def remove(*paths: str) -> None:
             os.unlink(path)
 
 
+def let_pass(folder: str) -> None:
+    """Let all users through a folder in which several have one of their own, as systemd makes it."""
+    os.chmod(folder, 0o755)  # noqa: S103
+
+
 def linked_units(application: str) -> list[str]:
     """Return the names of all units of an application that systemd has; those of the earlier layout, if it is ''."""
     prefix = f"celery-{glob.escape(application)}-" if application else "celery-"
@@ -228,8 +233,7 @@ class Earlier:
 
     def let_pass(self) -> None:
         """Let users other than its own through the folder above its releases, in which applications have theirs now."""
-        # As systemd makes such a folder.
-        os.chmod(self._home(), 0o755)  # noqa: S103
+        let_pass(self._home())
 
     def _home(self) -> str:
         """Return the folder of its releases' folder."""
@@ -249,8 +253,7 @@ class Earlier:
                 # What the application has written there since, in its check, stays its own.
                 taken = os.path.lexists(os.path.join(own, name))
                 os.rename(os.path.join(folder, name), os.path.join(own, f"{name}.earlier" if taken else name))
-        # As systemd makes a folder in which services have theirs.
-        os.chmod(folder, 0o755)  # noqa: S103
+        let_pass(folder)
         os.chown(folder, 0, 0)
 
     def _give(self, paths: list[str], user: str) -> None:

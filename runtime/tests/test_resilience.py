@@ -30,6 +30,7 @@ from celery_platform import resilience
 from celery_platform.dead_letters import RabbitStore, RedisStore
 from celery_platform.resilience import CircuitBreaker, PutOff, RateLimit, SharedCircuit, Store, is_connection_error
 from celery_platform.settings import Breaker, Settings
+from helpers.shop import use_broker
 from helpers.sites import Site, free_port, wait_for
 
 SHOP = """
@@ -117,11 +118,7 @@ QUIET = ("--without-mingle", "--without-gossip")
 @pytest.fixture(params=["redis", "rabbitmq"])
 def shop(request: pytest.FixtureRequest, site: Site, redis_url: str) -> Site:
     """A site with tasks to be protected, on each broker; what workers share is in Redis either way."""
-    if request.param == "redis":
-        site.set(broker_url=f"{redis_url}/0")
-    else:
-        site.set(broker_url=request.getfixturevalue("rabbitmq")[0])
-        site.secret(broker_password="guest")
+    use_broker(request, site, redis_url)
     if request.param != "rabbitmq alone":
         site.set(result_backend=f"{redis_url}/1")
     site.set(key_prefix="shop:", queues='["default", "critical"]', publish_timeout="3")
