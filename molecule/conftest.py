@@ -21,7 +21,7 @@ def node(host: testinfra.host.Host, request: pytest.FixtureRequest) -> Node:
 @pytest.fixture(scope="module")
 def orders(node: Node) -> Iterator[Celery]:
     """Return a producer outside the hosts, as a web application would have it: it knows task names and a broker."""
-    address = f"redis://orders:{node.secrets['vault_celery_redis_password']}@{node.address}:6379"
+    address = f"redis://orders:{node.secrets['vault_celery_app_redis_password']}@{node.address}:6379"
     app = Celery("producer", broker=f"{address}/0", backend=f"{address}/1", set_as_current=False)
     options = {"global_keyprefix": "orders:"}
     app.conf.update(

@@ -22,6 +22,9 @@ from helpers.nodes import Node, wait_for
 
 REDIS, SENTINEL = 6379, 26379
 MASTER = "celery"
+#: Users of Redis and Sentinel, and the variable of each one's password; in the vault it has the same name.
+PASSWORDS = {"orders": "celery_app_redis_password", "monitoring": "celery_monitor_redis_password"}
+PASSWORDS |= {name: f"redis_{name}_password" for name in ("replication", "sentinel", "exporter", "operator")}
 
 
 class Cluster:

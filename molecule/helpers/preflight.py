@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from pathlib import Path
@@ -31,17 +32,25 @@ SECRET = "nX7cY2pK9mQ4wL8vD3fG6hJ1"
 MAIN = {
     "ansible_host": "127.0.0.1",
     "redis_requirepass": "{{ vault_redis_requirepass }}",
-    "redis_users": [{"name": "orders", "password": "{{ vault_celery_redis_password }}"}],
     "celery_app_name": "orders",
     "celery_app_source": str(REPOSITORY / "examples" / "orders"),
     "celery_app_application": "orders.app:app",
-    "celery_app_redis_password": "{{ vault_celery_redis_password }}",
+    "celery_app_redis_password": "{{ vault_celery_app_redis_password }}",
 }
-VAULT = {"vault_redis_requirepass": SECRET, "vault_celery_redis_password": SECRET[::-1]}
+VAULT = {"vault_redis_requirepass": SECRET, "vault_celery_app_redis_password": SECRET[::-1]}
 ONE_HOST = {"redis": ["one"], "celery_worker": ["one"], "celery_beat": ["one"]}
 
 init_plugin_loader()
 filter_loader.add_directory(str(REPOSITORY / "plugins" / "filter"))
+
+
+@functools.cache
+def of_roles(part: str) -> dict[str, Any]:
+    """Return the `defaults` or the `vars` that roles have of each other."""
+    found: dict[str, Any] = {}
+    for path in sorted((REPOSITORY / "roles" / "site" / part / "main").iterdir()):
+        found |= DataLoader().load_from_file(str(path), trusted_as_template=True) or {}
+    return found
 
 
 class Site:
@@ -57,18 +66,12 @@ class Site:
         self.manager = VariableManager(self.loader, self.inventory)
         self.hostvars = HostVars(self.inventory, self.manager, self.loader)
 
-    def _of_roles(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for path in sorted((REPOSITORY / "roles" / "site" / name / "main").iterdir()):
-            found |= self.loader.load_from_file(str(path), trusted_as_template=True) or {}
-        return found
-
     def variables(self, host: str = "one", role: str = "celery_app") -> dict[str, Any]:
         """Return the variables that a role's tasks have on a host."""
         own = self.manager.get_vars(host=self.inventory.get_host(host))
         magic = {"role_path": str(REPOSITORY / "roles" / role), "ansible_facts": FACTS, "hostvars": self.hostvars}
         magic |= {"ansible_play_hosts": list(self.inventory.hosts)}
-        return self._of_roles("defaults") | own | self._of_roles("vars") | magic
+        return of_roles("defaults") | own | of_roles("vars") | magic
 
     def value(self, expression: str, host: str = "one") -> Any:
         """Return what an expression over the variables of a host stands for."""

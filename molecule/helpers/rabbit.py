@@ -77,7 +77,7 @@ class RabbitCluster(Cluster):
             **{
                 "host": f"{node.address}:{AMQPS}",
                 "userid": user,
-                "password": password or self.secrets["vault_celery_rabbitmq_password"],
+                "password": password or self.secrets["vault_celery_app_rabbitmq_password"],
                 "virtual_host": VHOST,
                 "ssl": tls,
                 "connect_timeout": 5,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import ctypes
 import fnmatch
+import functools
 import getpass
 import itertools
 import json
@@ -32,7 +33,7 @@ from jinja2 import nodes
 
 from filter import escape
 from helpers import REPOSITORY
-from helpers.preflight import site
+from helpers.preflight import of_roles, site
 from helpers.sites import free_port
 from helpers.waiting import wait_for
 from module_utils import redis_client
@@ -58,17 +59,12 @@ init_plugin_loader()
 filter_loader.add_directory(str(REPOSITORY / "plugins/filter"))
 
 
-def render(template: str, *roles: str, **variables: Any) -> str:
-    """Return a role's template (`<role>/<file>.j2`), rendered with the variables of this role and others, and with these."""
-    loader = DataLoader()  # type: ignore[no-untyped-call]
-    values: dict[str, Any] = dict(loader.load_from_file(str(REPOSITORY / "roles/site/vars/main/site.yml"), trusted_as_template=True))
-    for role in (template.partition("/")[0], *roles):
-        for part in ("defaults", "vars"):
-            if (path := REPOSITORY / "roles" / role / part / "main.yml").exists():
-                values |= loader.load_from_file(str(path), trusted_as_template=True)
+def render(template: str, **variables: Any) -> str:
+    """Return a role's template (`<role>/<file>.j2`), rendered with the variables of all roles and with these."""
+    values = {name: value for part in ("defaults", "vars") for name, value in of_roles(part).items()}
     role, _, file = template.partition("/")
     text = (REPOSITORY / "roles" / role / "templates" / file).read_text()
-    templar = Templar(loader=loader, variables=values | HOST | variables)
+    templar = Templar(loader=DataLoader(), variables=values | HOST | variables)  # type: ignore[no-untyped-call]
     return str(templar.template(trust_as_template(text), preserve_trailing_newlines=True))
 
 
@@ -215,7 +211,7 @@ def test_a_site_whose_passwords_hold_everything(tmp_path: Path) -> None:
     def write(folder: Path, *templates: str, **more: Any) -> list[str]:
         folder.mkdir()
         for template in templates:
-            text = render(template, "redis", **site | more).replace("dir /var/lib/redis\n", f"dir {folder}\n")
+            text = render(template, **site | more).replace("dir /var/lib/redis\n", f"dir {folder}\n")
             (folder / Path(template).stem).write_text(text)
         return [word for template in templates if "acl" not in template for word in ("--include", Path(template).stem)]
 
@@ -553,6 +549,7 @@ PLAIN = {
 SAFE_FILTERS = {"int", "length", "hash", "bool", "comment"}
 
 
+@functools.cache
 def typed_options() -> set[str]:
     """Return the names of all settings that are numbers, yes or no, or one of a few words."""
     files = (REPOSITORY / "roles").glob("*/meta/argument_specs.yml")

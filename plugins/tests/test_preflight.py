@@ -22,6 +22,7 @@ from celery_platform import broker
 from celery_platform.settings import FIELDS, BadSettings, Settings, is_secret, load_settings
 from helpers import REPOSITORY
 from helpers.preflight import MAIN, ONE_HOST, SECRET, VAULT, Site, site
+from helpers.targets import ALL
 
 KEY = "A" * 43
 DEFAULTS = Settings(application="orders.app:app", broker_url="memory://")
@@ -141,7 +142,7 @@ outcomes: set[str] = set()
     main=st.fixed_dictionaries({}, optional=VALUES) | st.one_of([st.fixed_dictionaries({name: value}) for name, value in VALUES.items()])
 )
 @settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    max_examples=25 if ALL else 6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 def test_whatever_the_preflight_takes_the_runtime_takes(tmp_path_factory: pytest.TempPathFactory, main: dict[str, Any]) -> None:
     folder = tmp_path_factory.mktemp("site")
@@ -224,7 +225,7 @@ def test_rules_are_judged_beside_a_missing_variable(tmp_path: Path) -> None:
         "celery_app_default_queue is x",
         "celery_app_soft_time_limit is 600",
         'celery_app_source is "/no/such"',
-        "vault_celery_redis_password is not set",
+        "vault_celery_app_redis_password is not set",
     ]
 
 
@@ -239,7 +240,7 @@ def test_what_is_missing_is_told_once_for_all_hosts_and_roles(tmp_path: Path) ->
     here = site(tmp_path, groups, vault={})
     problems = {problem for role in ("celery_app", "celery_worker") for host in ("one", "two") for problem in here.judge(role, host)}
 
-    assert told(list(problems)) == ["vault_celery_redis_password is not set"]
+    assert told(list(problems)) == ["vault_celery_app_redis_password is not set"]
 
 
 @pytest.mark.parametrize("example", [True, False])
@@ -247,8 +248,8 @@ def test_a_missing_secret_belongs_into_the_vault(tmp_path: Path, example: bool) 
     here = site(tmp_path, vault={})
     (tmp_path / "group_vars/all/vault.yml").unlink()
     if example:
-        (tmp_path / "group_vars/all/vault.yml.example").write_text("vault_celery_redis_password: changeme\n")
-        (tmp_path / "group_vars/all/vault.yml~").write_text("vault_celery_redis_password: changeme\n")
+        (tmp_path / "group_vars/all/vault.yml.example").write_text("vault_celery_app_redis_password: changeme\n")
+        (tmp_path / "group_vars/all/vault.yml~").write_text("vault_celery_app_redis_password: changeme\n")
     (problem,) = here.judge()
 
     assert f"File: {tmp_path}/group_vars/all/vault.yml\n" in problem
@@ -309,10 +310,43 @@ def test_secrets_of_the_application_are_judged_by_name(tmp_path: Path) -> None:
     [("shop", False), ("next-shop", False), ("shop_2", False), ("next", True), ("monitor", True), ("Shop", True), ("2shop", True)],
 )
 def test_an_application_has_a_name_that_units_and_folders_can_have(tmp_path: Path, name: str, refused: bool) -> None:
-    users = [{"name": name, "password": "{{ vault_celery_redis_password }}"}]
-    problems = site(tmp_path, celery_app_name=name, redis_users=users).judge()
+    problems = site(tmp_path, celery_app_name=name).judge()
 
     assert any(problem.startswith("celery_app_name is ") and "beginning with a letter" in problem for problem in problems) is refused
+
+
+@pytest.mark.parametrize(
+    ("role", "groups", "missing"),
+    [
+        ("exporters", {"redis": ["one"], "monitoring": ["one"]}, ["redis_exporter_password is not set"]),
+        ("redis", {"redis": ["one", "two"]}, ["redis_replication_password is not set", "redis_sentinel_password is not set"]),
+        ("redis", {"redis": ["one"]}, []),
+        ("rabbitmq", {"rabbitmq": ["one"]}, ["rabbitmq_administrator_password is not set"]),
+    ],
+)
+def test_a_password_of_a_user_whom_the_site_needs_must_be_set(
+    tmp_path: Path, role: str, groups: dict[str, list[str]], missing: list[str]
+) -> None:
+    problems = told(site(tmp_path, groups, rabbitmq_cookie=SECRET).judge(role))
+
+    assert [problem for problem in problems if "password" in problem] == missing
+
+
+def test_users_of_the_brokers_are_those_who_have_a_password_and_what_the_inventory_says_of_them(tmp_path: Path) -> None:
+    users = [{"name": "orders", "previous_password": SECRET, "databases": [0, 2]}, {"name": "cache", "password": SECRET, "prefix": "cache:"}]
+    passwords = dict.fromkeys(["redis_sentinel_password", "celery_monitor_redis_password", "celery_app_rabbitmq_password"], SECRET)
+    here = site(tmp_path, redis_users=users, **passwords)
+
+    assert here.value("site_redis_users") == [
+        users[1],
+        {"name": "monitoring", "purpose": "monitoring", "password": SECRET},
+        {"name": "orders", "purpose": "application", "password": SECRET[::-1], "previous_password": SECRET, "databases": [0, 2]},
+        {"name": "sentinel", "purpose": "sentinel", "password": SECRET},
+    ]
+    assert here.value("site_rabbitmq_users") == [{"name": "orders", "purpose": "worker", "password": SECRET}]
+    assert here.judge("redis") == []
+    nobody = site(tmp_path / "nobody", redis_users=[{"name": "cache"}])
+    assert told(nobody.judge("redis")) == ['redis_users has ["cache"]']
 
 
 def test_folders_that_can_be_opened_and_others(tmp_path: Path) -> None:
@@ -340,9 +374,9 @@ def test_a_secret_of_the_application_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_password_of_our_own_brokers_is_long_though_it_comes_by_another_name(tmp_path: Path) -> None:
-    here = site(tmp_path, vault=VAULT | {"vault_celery_redis_password": "Zq8vT3nB6yH1kW5r"})
+    here = site(tmp_path, vault=VAULT | {"vault_celery_app_redis_password": "Zq8vT3nB6yH1kW5r"})
 
-    assert told(here.judge()) == ["vault_celery_redis_password has 16 characters"]
+    assert told(here.judge()) == ["vault_celery_app_redis_password has 16 characters"]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,11 @@ def test_defaults_and_argument_specs_agree(role: str) -> None:
             assert options[name].get("required") or name in (
                 "lab_host_number",
                 "pki_ca_passphrase",
+                "redis_replication_password",
+                "redis_sentinel_password",
+                "redis_exporter_password",
+                "redis_operator_password",
+                "rabbitmq_administrator_password",
                 "celery_app_redis_password",
                 "celery_app_rabbitmq_password",
                 "celery_monitor_redis_password",

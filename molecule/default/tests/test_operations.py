@@ -32,7 +32,7 @@ def test_a_check_of_a_new_worker_tells_what_would_change(node: Node) -> None:
 
 
 def test_a_django_project_that_nobody_adapted_is_deployed_by_inventory_alone(node: Node) -> None:
-    password = node.secrets["vault_celery_redis_password"]
+    password = node.secrets["vault_celery_app_redis_password"]
     library = Path(__file__).with_name("library.yml")
     node.converge("-e", f"@{library}")
     try:

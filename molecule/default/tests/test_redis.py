@@ -68,14 +68,14 @@ def test_it_is_reachable_on_the_named_addresses_only(node: Node) -> None:
     ],
 )
 def test_the_application_may_do_only_its_work(node: Node, command: str) -> None:
-    application = node.redis("orders", node.secrets["vault_celery_redis_password"])
+    application = node.redis("orders", node.secrets["vault_celery_app_redis_password"])
     # DEBUG is switched off for everyone, which Redis says before it looks at the user.
     with pytest.raises(redis.ResponseError, match=r"(?i)no permissions|DEBUG command not allowed"):
         application.execute_command(*command.split())
 
 
 def test_the_application_may_use_its_own_keys(node: Node) -> None:
-    application = node.redis("orders", node.secrets["vault_celery_redis_password"])
+    application = node.redis("orders", node.secrets["vault_celery_app_redis_password"])
     application.set("orders:test", "1", ex=60)
     assert application.get("orders:test") == "1"
     application.delete("orders:test")

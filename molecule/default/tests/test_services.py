@@ -233,7 +233,7 @@ def test_credentials_reach_the_services_by_systemd_only(node: Node) -> None:
         assert (file.user, file.group, file.mode) == ("root", "root", 0o600)
     assert (
         node.host.check_output("celery-exec sh -c 'cat $CREDENTIALS_DIRECTORY/broker_password'")
-        == node.secrets["vault_celery_redis_password"]
+        == node.secrets["vault_celery_app_redis_password"]
     )
 
 

@@ -322,6 +322,7 @@ def test_an_upgrade_takes_one_node_after_the_other(cluster: RabbitCluster) -> No
                 "rabbitmq_cookie": "nX7cY2pK9mQ4wL8vD3fG6hJ1",
                 "rabbitmq_address": "{{ inventory_hostname }}",
                 "rabbitmq_settings": {"listeners.tcp.1": 5672},
+                "rabbitmq_administrator_password": "",
                 "rabbitmq_users": [
                     {"name": "guest", "password": "nX7cY2pK9mQ4wL8vD3fG6hJ1"},
                     {"name": "guest", "password": "nX7cY2pK9mQ4wL8vD3fG6hJ1", "application": "elsewhere"},
@@ -335,7 +336,7 @@ def test_an_upgrade_takes_one_node_after_the_other(cluster: RabbitCluster) -> No
                 "rabbitmq_settings .*listeners.tcp.1",
                 "rabbitmq_users .*guest.*users with different names",
                 "rabbitmq_users .*guest.*any name but guest",
-                "rabbitmq_users .*guest.*one with all rights",
+                "rabbitmq_administrator_password .*user who may do everything",
                 "rabbitmq_users .*elsewhere.*users of applications that",
                 "rabbitmq_upgrade .* in the cluster, and 9.9 for data1",
                 "/var/lib/rabbitmq .*MB free.*File: none, it is / of data1",

@@ -82,7 +82,7 @@ def environment(cluster: RabbitCluster, tmp_path_factory: pytest.TempPathFactory
             {"name": main["celery_app_name"], "queues": main["celery_app_queues"]},
             {"name": NAME, "queues": ["celery"]},
         ],
-        "rabbitmq_users": [*main["rabbitmq_users"], {"name": NAME, "password": password, "application": NAME}],
+        "rabbitmq_users": [{"name": NAME, "password": password, "application": NAME}],
     }
     (folder / "wanted.json").write_text(json.dumps(wanted))
     cluster.application.converge("--tags=rabbitmq", "-e", f"@{folder / 'wanted.json'}")

@@ -6,14 +6,11 @@ import pytest
 import redis
 
 from helpers.authority import Authority
-from helpers.cluster import MASTER, REDIS, SENTINEL, Cluster
+from helpers.cluster import MASTER, PASSWORDS, REDIS, SENTINEL, Cluster
 from helpers.nodes import Node, wait_for
 
 testinfra_hosts = ["ansible://data1"]
 
-USERS = {"orders": "vault_celery_redis_password"} | {
-    name: f"vault_redis_{name}_password" for name in ("replication", "sentinel", "exporter", "operator")
-}
 BOTH = pytest.mark.parametrize("port", [REDIS, SENTINEL])
 
 
@@ -79,7 +76,7 @@ def test_nothing_listens_but_tls_on_the_named_addresses(cluster: Cluster) -> Non
     ],
 )
 def test_each_user_may_do_only_its_work(cluster: Cluster, user: str, port: int, allowed: list[str], refused: list[str]) -> None:
-    clients = {name: cluster.client(name, port, user, cluster.secrets[USERS[user]]) for name in cluster.nodes}
+    clients = {name: cluster.client(name, port, user, cluster.secrets[f"vault_{PASSWORDS[user]}"]) for name in cluster.nodes}
     for command in allowed:
         clients[cluster.master()].execute_command(*command.split())
     for client in clients.values():

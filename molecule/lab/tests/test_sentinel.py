@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 import redis
-import yaml
 
-from helpers import REPOSITORY
-from helpers.cluster import REDIS, SENTINEL, Cluster
+from helpers.cluster import PASSWORDS, REDIS, SENTINEL, Cluster
 from helpers.drills import Report, Stream
 from helpers.flower_client import Flower
 from helpers.nodes import Node, wait_for
@@ -20,8 +18,6 @@ from helpers.targets import only_in_drills, only_in_test_all
 
 testinfra_hosts = ["ansible://app1"]
 
-USERS = yaml.safe_load((REPOSITORY / "inventories/lab/group_vars/all/main.yml").read_text())["redis_users"]
-SECRETS = {"orders": "vault_celery_redis_password"}
 ONLY_REDIS = "--tags=redis,redis_sentinel"
 
 
@@ -118,20 +114,18 @@ def test_passwords_change_and_redis_restarts_while_tasks_flow(cluster: Cluster) 
     """The settings hold new passwords beside the old ones, and one that Redis takes at its start only."""
     cluster.replicas_follow()
     old = cluster.secrets
-    new = {name: value[::-1] for name, value in old.items() if name.startswith(("vault_redis", "vault_celery"))}
-    secret = {user["name"]: SECRETS.get(user["name"], f"vault_redis_{user['name']}_password") for user in USERS}
-    rolled = [user | {"password": new[secret[user["name"]]]} for user in USERS]
-    both = [user | {"previous_password": old[secret[user["name"]]]} for user in rolled]
+    names = ["redis_requirepass", *PASSWORDS.values()]
+    new = {name: old[f"vault_{name}"][::-1] for name in names}
     databases = 1 + max(int(cluster.client(name).config_get("databases")["databases"]) for name in cluster.nodes)
     settings = {
-        "redis_requirepass": new["vault_redis_requirepass"],
         "redis_settings": {"databases": databases},
-        "celery_app_redis_password": new["vault_celery_redis_password"],
+        **new,
     }
     before = cluster.master()
     pids = {name: node.show("redis-server", "MainPID") for name, node in cluster.nodes.items()}
     sentinels = {name: node.show("redis-sentinel", "MainPID") for name, node in cluster.nodes.items()}
     try:
+        both = [{"name": user, "previous_password": old[f"vault_{name}"]} for user, name in PASSWORDS.items()]
         changing = settings | {"redis_users": both, "redis_previous_requirepass": old["vault_redis_requirepass"]}
         with Stream(cluster.application, cluster.workers, results=True) as stream:
             changed = cluster.application.converge("-e", json.dumps(changing))["changed"]
@@ -147,19 +141,19 @@ def test_passwords_change_and_redis_restarts_while_tasks_flow(cluster: Cluster) 
             assert cluster.client(name).config_get("databases")["databases"] == str(databases)
             # Sentinel learns passwords while it runs.
             assert node.show("redis-sentinel", "MainPID") == sentinels[name]
-        for password in (old["vault_celery_redis_password"], new["vault_celery_redis_password"]):
+        for password in (old["vault_celery_app_redis_password"], new["celery_app_redis_password"]):
             assert all(cluster.client(name, port, "orders", password).ping() for name in cluster.nodes for port in (REDIS, SENTINEL))
 
-        cluster.application.converge(ONLY_REDIS, "-e", json.dumps(settings | {"redis_users": rolled}))
+        cluster.application.converge(ONLY_REDIS, "-e", json.dumps(settings))
         for name in cluster.nodes:
             for port in (REDIS, SENTINEL):
                 with pytest.raises(redis.AuthenticationError):
-                    cluster.client(name, port, "orders", old["vault_celery_redis_password"]).ping()
-                assert cluster.client(name, port, "orders", new["vault_celery_redis_password"]).ping()
+                    cluster.client(name, port, "orders", old["vault_celery_app_redis_password"]).ping()
+                assert cluster.client(name, port, "orders", new["celery_app_redis_password"]).ping()
     finally:
         # Back: the old ones are now the new ones, and Redis restarts once more.
-        returned = [user | {"password": old[name], "previous_password": new[name]} for user in USERS for name in [secret[user["name"]]]]
-        back = {"redis_users": returned, "redis_previous_requirepass": new["vault_redis_requirepass"]}
+        both = [{"name": user, "previous_password": new[name]} for user, name in PASSWORDS.items()]
+        back = {"redis_users": both, "redis_previous_requirepass": new["redis_requirepass"]}
         cluster.application.converge("-e", json.dumps(back))
     cluster.replicas_follow()
 
