@@ -105,7 +105,7 @@ molecule: $(VENV)/test ## The quickstart on Debian 12, the lab of several hosts 
 test-all: export TEST_ALL := yes
 test-all: lint unit ## All tests, on both releases; hours
 	$(call packages,$(BROWSER))
-	PATH="$(CURDIR)/$(BIN):$$PATH" molecule/run default:bookworm default:trixie lab:trixie lab:bookworm redis:bookworm celery_app:trixie monitoring_proxy:trixie
+	PATH="$(CURDIR)/$(BIN):$$PATH" molecule/run default:bookworm default:trixie lab:trixie lab:bookworm redis:bookworm celery_app:trixie producer:trixie monitoring_proxy:trixie
 
 DRILLS := molecule/lab/inventory
 drills: $(VENV)/test ## Break a lab of six hosts again and again under a stream of tasks; print what became of them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,6 +28,11 @@ def endpoints(addresses: Iterable[str], ports: int | str | Sequence[int | str]) 
     known = list(addresses)
     of_each = [ports] * len(known) if isinstance(ports, int | str) else ports
     return [endpoint(address, port) for address, port in zip(known, of_each, strict=True)]
+
+
+def as_user(urls: str, own: Iterable[str], user: str) -> str:
+    """Return the URLs of a broker, with `;` between them, with another user if they are among the site's own; else as they are."""
+    return re.sub(r"://[^/@;]*@", f"://{user}@", urls) if urls in own else urls
 
 
 def local_address(bind: Sequence[str]) -> str:
@@ -55,6 +61,7 @@ class FilterModule:
             "in_url": in_url,
             "endpoint": endpoint,
             "endpoints": endpoints,
+            "as_user": as_user,
             "local_address": local_address,
             "compressed": compressed,
         }

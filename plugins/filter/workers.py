@@ -35,8 +35,10 @@ def worker_units(workers: Iterable[dict[str, Any]], prefix: str) -> list[dict[st
 def workers_without_grace(workers: Iterable[dict[str, Any]], soft: int, hard: int) -> list[str]:
     """Return the names of workers whose tasks would be asked to stop only when they are already killed, by limits of their own.
 
-    Arguments:
-        soft, hard: the limits of the application, in seconds, which hold where a worker has none.
+    Args:
+        workers: entries of `celery_worker_list`.
+        soft: the application's limits in seconds, which hold where a worker has none.
+        hard: see soft.
     """
     return [
         worker.get("name", "")

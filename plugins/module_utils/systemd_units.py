@@ -150,7 +150,7 @@ class Systemd:
         except OSError:
             return ""
 
-    def bring(self, unit: str, fingerprint: str, reloaded: str = "", check: bool = False) -> str:
+    def bring(self, unit: str, fingerprint: str, reloaded: str = "", check: bool = False, kept: bool = False) -> str:
         """Enable a unit, and start, restart or reload its service if that is needed.
 
         systemd must have read its files: systemd 252 does not tell that it has missed a new folder of drop-ins.
@@ -160,6 +160,7 @@ class Systemd:
             fingerprint: digest of what its service reads at its start, besides the files of the unit.
             reloaded: digest of what its service reads again when it is reloaded.
             check: only find what would be done.
+            kept: neither enable nor start it.
 
         Returns:
             What was done: started, restarted, reloaded, enabled, or '' for nothing.
@@ -175,14 +176,14 @@ class Systemd:
         state = self.show(unit)
         running = self.mark_of_running(unit)
         if state["ActiveState"] not in ("active", "reloading") or state["SubState"] == "auto-restart":
-            done = "started"
+            done = "" if kept else "started"
         elif running == wanted:
             done = ""
         elif running.split(".")[0] == wanted.split(".")[0]:
             done = "reloaded"
         else:
             done = "restarted"
-        enabled = state["UnitFileState"] in ("disabled", "linked", "")
+        enabled = not kept and state["UnitFileState"] in ("disabled", "linked", "")
         if check:
             return done or ("enabled" if enabled else "")
         if enabled:

@@ -21,7 +21,11 @@ options:
     elements: dict
     required: true
     suboptions:
-      path: {description: Absolute path., type: path, required: true}
+      path:
+        description: >-
+          Absolute path. With O(files[].state=absent) it may have globs (C(*), C(?)); what the same run writes stays.
+        type: path
+        required: true
       template: {description: "A template of the role, which the file is rendered from.", type: str}
       source: {description: "A file of the role, or a folder of files, as it is.", type: str}
       content: {description: The file's text., type: str}
@@ -71,6 +75,7 @@ paths:
 """
 
 import base64
+import glob
 import grp
 import json
 import os
@@ -86,6 +91,18 @@ from ansible.module_utils.basic import AnsibleModule
 
 class Refused(Exception):
     """Something that a run cannot do; the message names the path."""
+
+
+def expanded(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the entries with what is there in place of globs that are to be absent."""
+    written = {entry["path"] for entry in entries if entry["state"] != "absent"}
+    found = []
+    for entry in entries:
+        if entry["state"] == "absent" and glob.has_magic(entry["path"]):
+            found += [entry | {"path": path} for path in sorted(set(glob.glob(entry["path"])) - written)]
+        else:
+            found.append(entry)
+    return found
 
 
 class Changes:
@@ -241,7 +258,7 @@ def main() -> None:
     """Run the module."""
     # All in one, which is neither logged nor shown: contents are secrets, and each by itself would be struck out of what is shown.
     module = AnsibleModule(argument_spec={"payload": {"type": "str", "required": True, "no_log": True}}, supports_check_mode=True)
-    entries = json.loads(zlib.decompress(base64.b64decode(module.params["payload"])))
+    entries = expanded(json.loads(zlib.decompress(base64.b64decode(module.params["payload"]))))
     changes = Changes(module)
     try:
         for entry in entries:

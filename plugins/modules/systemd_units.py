@@ -36,10 +36,11 @@ options:
         default: []
       state:
         description: >-
-          Whether it runs, and does at boot. With C(absent), a unit of ours is stopped and removed, and one of a package is stopped
-          and loses our drop-ins, if it has any; others' are left alone.
+          Whether it runs, and does at boot. With C(kept), that is left as it is, and one that runs is restarted for other files.
+          With C(absent), a unit of ours is stopped and removed, and one of a package is stopped and loses our drop-ins, if it has
+          any; others' are left alone.
         type: str
-        choices: [started, stopped, absent]
+        choices: [started, kept, stopped, absent]
         default: started
       ready:
         description: What answers once the service of a unit with O(units[].state=started) is ready; waited for, but not in check mode.
@@ -98,8 +99,9 @@ def bring_all(systemd: Systemd, units: list[dict[str, Any]], check: bool) -> dic
     done = {}
     for unit in units:
         name = unit["name"]
-        if unit["state"] == "started":
-            done[name] = systemd.bring(name, digest_of(unit["files"]), digest_of(unit["reload_files"]), check)
+        if unit["state"] in ("started", "kept"):
+            kept = unit["state"] == "kept"
+            done[name] = systemd.bring(name, digest_of(unit["files"]), digest_of(unit["reload_files"]), check, kept)
             if unit["ready"] and not check:
                 systemd.wait_until_ready(name, unit["ready"])
         elif unit["state"] == "stopped" and systemd.stop(name, check):
@@ -123,7 +125,7 @@ def main() -> None:
         "name": {"type": "str", "required": True},
         "files": {"type": "list", "elements": "path", "default": []},
         "reload_files": {"type": "list", "elements": "path", "default": []},
-        "state": {"type": "str", "choices": ["started", "stopped", "absent"], "default": "started"},
+        "state": {"type": "str", "choices": ["started", "kept", "stopped", "absent"], "default": "started"},
         "ready": {"type": "dict", "options": ready, "mutually_exclusive": [("port", "socket")], "required_one_of": [("port", "socket")]},
     }
     module = AnsibleModule(

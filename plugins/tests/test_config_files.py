@@ -97,6 +97,19 @@ def test_what_differs_is_written_and_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "a/b/text").stat() == before
 
 
+def test_globs_name_what_is_to_go_but_not_what_the_same_run_writes(tmp_path: Path) -> None:
+    for unit in ("a", "b", "c"):
+        (tmp_path / unit).mkdir()
+        (tmp_path / unit / "ours.conf").write_text("x")
+    (tmp_path / "c/theirs.conf").write_text("x")
+    entries = [file(tmp_path / "a/ours.conf", "x"), file(tmp_path / "*/ours.conf", "", state="absent")]
+    gone = {str(tmp_path / unit / "ours.conf"): "removed" for unit in ("b", "c")}
+    assert run(*entries, check=True)["paths"] == gone
+    assert run(*entries)["paths"] == gone
+    assert sorted(path.parent.name + "/" + path.name for path in tmp_path.rglob("*.conf")) == ["a/ours.conf", "c/theirs.conf"]
+    assert run(*entries)["changed"] is False
+
+
 def test_permissions_are_put_right(tmp_path: Path) -> None:
     entries = [folder(tmp_path / "private", mode="0700"), file(tmp_path / "private/key", SECRET, mode="0600", secret=True)]
     run(*entries)

@@ -142,7 +142,10 @@ outcomes: set[str] = set()
     main=st.fixed_dictionaries({}, optional=VALUES) | st.one_of([st.fixed_dictionaries({name: value}) for name, value in VALUES.items()])
 )
 @settings(
-    max_examples=25 if ALL else 6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    max_examples=25 if ALL else 6,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 def test_whatever_the_preflight_takes_the_runtime_takes(tmp_path_factory: pytest.TempPathFactory, main: dict[str, Any]) -> None:
     folder = tmp_path_factory.mktemp("site")
@@ -333,7 +336,10 @@ def test_a_password_of_a_user_whom_the_site_needs_must_be_set(
 
 
 def test_users_of_the_brokers_are_those_who_have_a_password_and_what_the_inventory_says_of_them(tmp_path: Path) -> None:
-    users = [{"name": "orders", "previous_password": SECRET, "databases": [0, 2]}, {"name": "cache", "password": SECRET, "prefix": "cache:"}]
+    users = [
+        {"name": "orders", "previous_password": SECRET, "databases": [0, 2]},
+        {"name": "cache", "password": SECRET, "prefix": "cache:"},
+    ]
     passwords = dict.fromkeys(["redis_sentinel_password", "celery_monitor_redis_password", "celery_app_rabbitmq_password"], SECRET)
     here = site(tmp_path, redis_users=users, **passwords)
 

@@ -128,6 +128,7 @@ USERS = [
 ]
 
 
+@only_in_test_all
 def test_what_it_defines_is_what_the_runtime_declares(define: Define, control: Control, rabbitmq_node: tuple[str, Control]) -> None:
     queues = ["critical", "default", "mail.eu"]
     control("add_vhost", "declared")
@@ -219,6 +220,7 @@ def test_what_cannot_be_changed_stops_all_else(define: Define, control: Control)
     assert "new" not in names(control, "users")
 
 
+@only_in_test_all
 def test_a_check_of_a_node_that_does_not_run_says_all(define: Define) -> None:
     checked = define(USERS, {"shop": ["default"]}, "--check", node="none@localhost")
     assert checked["changed"]

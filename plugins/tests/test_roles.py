@@ -48,6 +48,8 @@ def test_defaults_and_argument_specs_agree(role: str) -> None:
                 "redis_exporter_password",
                 "redis_operator_password",
                 "rabbitmq_administrator_password",
+                "celery_producer_redis_password",
+                "celery_producer_rabbitmq_password",
                 "celery_app_redis_password",
                 "celery_app_rabbitmq_password",
                 "celery_monitor_redis_password",

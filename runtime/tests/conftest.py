@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,8 +14,16 @@ import redis
 
 from helpers.brokers import rabbitmq, rabbitmq_node
 from helpers.sites import Site, free_port, wait_for
+from helpers.targets import only_in_test_all
 
 __all__ = ["rabbitmq", "rabbitmq_node"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to `make test-all` what is shown with the pool `prefork` as well."""
+    for item in items:
+        if {"threads", "solo"} & set(re.split(r"[\[\]-]", item.name)):
+            item.add_marker(only_in_test_all)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ def test_a_site_moves_to_redis_while_tasks_flow(cluster: Cluster) -> None:
     def move(*arguments: str) -> None:
         cluster.application.converge(*arguments, playbook="playbooks/operations/move_broker.yml")
 
-    send = "print(app.send_task('orders.tasks.send_email', (4711,), countdown=180, ignore_result=True).id)"
+    send = "print(app.send_task('orders.tasks.send_email', (4711,), countdown=100, ignore_result=True).id)"
     later = cluster.application.celery_python(send)
     with Stream(cluster.application, cluster.workers, rate=10) as stream:
         # As the site's own file; the inventory's, which is kept in git, comes before it.

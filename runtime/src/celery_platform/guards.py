@@ -61,6 +61,7 @@ def install(app: Celery, settings: Settings) -> None:
     if settings.uses_rabbitmq:
         use_transport()
         delay_safely(app, settings.declare_queues)
+    if not settings.broker_url.startswith("memory"):
         give_up(app, settings.publish_timeout)
 
 
@@ -248,12 +249,13 @@ def use_transport() -> None:
 
 
 def give_up(app: Celery, seconds: float) -> None:
-    """Let a task that RabbitMQ does not take in so many seconds be an error for its sender, and not earlier.
+    """Let a task that the broker does not take in so many seconds be an error for its sender, and not earlier.
 
-    kombu counts tries only (kombu/connection.py, ensure). Each may wait for its confirmation, which takes half an hour where
-    most nodes of a cluster are gone, or be refused at once by all nodes, which takes moments while they restart. And the
-    first connection is not tried again at all after four seconds (default_channel). The last try may end later, by the
-    time for its confirmation. Can go when kombu takes a time as well.
+    kombu counts tries only (kombu/connection.py, ensure). With RabbitMQ each may wait for its confirmation, which takes half an
+    hour where most nodes of a cluster are gone, or be refused at once by all nodes, which takes moments while they restart; with
+    Redis each may wait for a host that does not answer, or be refused at once while there is no master. And the first connection is
+    not tried again at all after four seconds (default_channel). The last try may end later, by the time for a connection and an
+    answer, or a confirmation. Can go when kombu takes a time as well.
     """
     send = app.send_task
 
@@ -262,7 +264,7 @@ def give_up(app: Celery, seconds: float) -> None:
 
         def check(error: Exception, interval: float) -> None:
             if time.monotonic() > end:
-                raise OperationalError(f"RabbitMQ did not take the task: {error}") from error
+                raise OperationalError(f"The broker did not take the task: {error}") from error
 
         policy = app.conf.task_publish_retry_policy | {"errback": check, "max_retries": None} | (retry_policy or {})
         if options.get("connection") or not options.get("retry", app.conf.task_publish_retry):

@@ -10,7 +10,7 @@ Arguments and results are hidden in headers, events, replies to `celery inspect`
 show them. The texts of exceptions and of tracebacks are left alone: an application that puts arguments into them shows
 them in logs and events.
 
-Both ends need the keys: a web service that sends tasks or reads results must use `celery_platform.worker:app`, too.
+Both ends need the keys: processes that send tasks or read results are producers (producer.py), with the same credential.
 
 To turn encryption on without losing a message (each step on all hosts, then restart, before the next one):
     1. Give all hosts the keys, with `off`: plain text is written, encrypted messages and results are read, too.
@@ -35,8 +35,6 @@ from typing import Any, NamedTuple
 
 from celery import Celery, bootsteps
 from celery.events.dispatcher import EventDispatcher
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from kombu import serialization
 from kombu.exceptions import DecodeError
 from kombu.pidbox import Node
@@ -74,7 +72,7 @@ class Key(NamedTuple):
     """A key of AES-256-GCM, and the first 8 bytes of its SHA-256, which sealed texts name it by."""
 
     id: bytes
-    cipher: AESGCM
+    cipher: Any
 
 
 class KeyRing:
@@ -88,6 +86,9 @@ class KeyRing:
     """
 
     def __init__(self, text: str) -> None:
+        # Imported where it is needed: who does not encrypt need not have it.
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
         keys = [Key(hashlib.sha256(key).digest()[:KEY_ID_SIZE], AESGCM(key)) for key in keys_in(text)]
         self.first = keys[0]
         self.ciphers = dict(keys)
@@ -103,6 +104,8 @@ class KeyRing:
         Raises:
             DecodeError: if its key is not in this ring, or it is not what was sealed.
         """
+        from cryptography.exceptions import InvalidTag
+
         header, nonce, ciphertext = sealed[:HEADER_SIZE], sealed[HEADER_SIZE:][:NONCE_SIZE], sealed[HEADER_SIZE + NONCE_SIZE :]
         key_id = header[len(VERSION) :]
         if key_id not in self.ciphers:
@@ -118,7 +121,7 @@ def install(app: Celery, settings: Settings) -> None:
     """Let an application encrypt, and hide the arguments of its tasks."""
     if settings.encryption_keys is not None:
         _register(KeyRing(settings.encryption_keys.get_secret_value()), settings)
-        _use_serializer(app, settings)
+        use_serializer(app, settings)
     if settings.encryption != "off":
         _send_encrypted(app)
     if settings.encryption != "off" or not settings.log_arguments:
@@ -144,7 +147,8 @@ def _register(ring: KeyRing, settings: Settings) -> None:
     serialization.register(NAME, encode, decode, CONTENT_TYPE, content_encoding="binary")
 
 
-def _use_serializer(app: Celery, settings: Settings) -> None:
+def use_serializer(app: Celery, settings: Settings) -> None:
+    """Put the serializer into an application's configuration, which may have been read anew."""
     accepted = [NAME] if settings.encryption == "on" else [NAME, "json"]
     versions.put(app, {"accept_content": accepted, "result_accept_content": accepted, "result_serializer": NAME})
     if settings.encryption != "off":

@@ -179,7 +179,7 @@ class Settings:
     #: What all keys and channels in Redis begin with.
     key_prefix: str = ""
     pool_limit: Count = 10
-    #: Seconds for which a task is tried to be published; must outlast a failover. (With Redis, tries, up to a second apart.)
+    #: Seconds for which a task is tried to be published; must outlast a failover. A producer's is 10 (producer.py).
     publish_timeout: Annotated[int, _between(0)] = 60
     #: `atomic` loses no message of a killed worker; `kombu` is kombu's own, for versions that ours is not proven with.
     redis_transport: Literal["atomic", "kombu"] = "atomic"

@@ -5,6 +5,8 @@ It is the user's own application, named by CELERY_PLATFORM_APPLICATION, with thi
 
 from __future__ import annotations
 
+import os
+
 from celery import Celery
 
 from celery_platform import (
@@ -61,6 +63,8 @@ def load() -> Celery:
     Raises:
         BadSettings: if the settings cannot be worked with.
     """
+    # That of producers would configure the application, too.
+    os.environ.pop("CELERY_LOADER", None)
     given = load_settings()
     app = application.find(given.application)
     own_broker = app.conf.broker_url

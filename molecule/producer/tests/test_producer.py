@@ -1,0 +1,126 @@
+"""Web servers of the site's own send tasks, though none of their lines knows of the deployment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import testinfra.host
+
+from helpers import REPOSITORY
+from helpers.nodes import Node, wait_for
+
+testinfra_hosts = ["ansible://celery_producer"]
+
+WEB = Path(__file__).parent / "web"
+PACKAGES = "gunicorn flask fastapi uvicorn"
+#: How each is started, and its port.
+SERVERS = {
+    "django": ("gunicorn --preload --workers=2 --bind=127.0.0.1:8001 django_shop:application", 8001),
+    "flask": ("gunicorn --preload --workers=2 --threads=4 --bind=127.0.0.1:8002 flask_shop:create_app()", 8002),
+    "fastapi": ("uvicorn --workers=2 --host=127.0.0.1 --port=8003 fastapi_shop:app", 8003),
+}
+UNIT = """
+[Service]
+User=www-data
+WorkingDirectory=/srv/web
+ExecStart=/srv/web/venv/bin/{command}
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def web(host: testinfra.host.Host) -> Node:
+    """Install the sites, as their owner does, and start them; then run the playbook, as their owner does next."""
+    inventory = Path(__file__).parents[1] / "inventory"
+    node = Node(host, inventory)
+    for file in WEB.glob("*.py"):
+        node.write(f"/srv/web/{file.name}", file.read_text())
+    node.write("/srv/web/requirements.txt", (REPOSITORY / "examples/library/requirements.txt").read_text())
+    node.host.check_output(f"cd /srv/web && python3 -m venv venv && venv/bin/pip install --quiet -r requirements.txt {PACKAGES} 2>&1")
+    for name, (command, _) in SERVERS.items():
+        node.write(f"/etc/systemd/system/web-{name}.service", UNIT.format(command=command))
+        # Those that listen before they have settings answer with an error.
+        node.host.check_output(f"systemctl daemon-reload && systemctl enable --now web-{name}")
+    before = {name: node.show(f"web-{name}", "MainPID") for name in SERVERS}
+    changed = node.converge()["changed"]
+    assert changed == ["celery_producer : Restart those services that run with something else"]
+    assert all(node.show(f"web-{name}", "MainPID") != before[name] for name in SERVERS)
+    return node
+
+
+@pytest.fixture
+def stopped_broker(web: Node) -> Iterator[None]:
+    """Take the broker away."""
+    web.host.check_output("systemctl stop redis-server")
+    yield
+    web.host.check_output("systemctl start redis-server")
+
+
+def ask(node: Node, name: str, path: str) -> dict[str, Any]:
+    """Return what a site answers, once it listens."""
+    command = f"curl --silent --show-error --retry 20 --retry-connrefused --retry-delay 1 --max-time 60 http://127.0.0.1:{SERVERS[name][1]}{path}"
+    answer = node.host.check_output(command)
+    return dict(json.loads(answer)) if answer.startswith("{") else {"error": answer}
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_site_sends_and_reads_the_result(web: Node, name: str) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda number: ask(web, name, f"/order/lamp{number}"), range(12)))
+    assert [answer.get("answer") for answer in answers] == [f"lamp{number}: -1" for number in range(12)]
+
+
+def test_a_coroutine_sends(web: Node) -> None:
+    assert len(ask(web, "fastapi", "/later/lamp")["id"]) == 36
+
+
+@pytest.mark.usefixtures("stopped_broker")
+def test_a_request_fails_in_time_and_the_site_lives(web: Node) -> None:
+    before = web.show("web-flask", "MainPID")
+    assert "Internal Server Error" in ask(web, "flask", "/order/lamp")["error"]
+    journal = web.host.check_output("journalctl --unit=web-flask --output=cat --since=-2min")
+    assert "The broker did not take the task" in journal
+    assert web.show("web-flask", "MainPID") == before
+
+
+def test_secrets_are_where_the_service_alone_reads_them(web: Node) -> None:
+    password = web.secrets["vault_celery_producer_redis_password"]
+    web.host.run_expect([1], "grep -r --include=* -l %s /etc/systemd/system /etc/celery-producer/orders/producer.env", password)
+    pid = web.show("web-django", "MainPID")["MainPID"]
+    assert password not in web.host.check_output("tr '\\0' '\\n' < /proc/%s/environ", pid)
+    assert web.host.file("/etc/celery-producer/orders/credentials").mode == 0o700
+    web.host.run_expect([1], "runuser -u nobody -- cat /etc/celery-producer/orders/credentials/broker_password")
+
+
+def test_a_command_sends_as_the_services_do(web: Node) -> None:
+    code = "from fastapi_shop import celery; print(celery.send_task('orders.tasks.update_stock', ('cup', 2)).get(timeout=20))"
+    run = web.host.check_output("cd /srv/web && celery-producer-exec --user www-data venv/bin/python -c %s", code)
+    assert run.strip() == "cup: +2"
+    assert web.host.run("celery-producer-exec true").rc == 2
+
+
+def test_redis_has_refused_nothing(web: Node) -> None:
+    refused = {(entry["username"], entry["reason"], entry["object"]) for entry in web.redis_admin().acl_log()}
+    assert {entry for entry in refused if entry[0] == "orders-producer" and entry[1] != "auth"} == set()
+
+
+def test_a_service_that_is_stopped_stays_so_and_a_second_run_changes_nothing(web: Node) -> None:
+    web.host.check_output("systemctl stop web-django")
+    assert web.converge()["changed"] == []
+    assert not web.host.service("web-django").is_running
+    web.host.check_output("systemctl start web-django")
+    wait_for("the site", lambda: "answer" in ask(web, "django", "/order/lamp"))
+
+
+def test_a_host_that_is_no_producer_any_more_loses_what_it_had(web: Node) -> None:
+    web.converge("-e", json.dumps({"celery_producer_units": ["web-django.service", "web-fastapi.service"]}))
+    assert not web.host.file("/etc/systemd/system/web-flask.service.d/celery-producer.conf").exists
+    assert web.host.file("/etc/systemd/system/web-django.service.d/celery-producer.conf").exists
+    web.converge()
+    assert web.host.file("/etc/systemd/system/web-flask.service.d/celery-producer.conf").exists
