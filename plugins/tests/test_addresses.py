@@ -56,3 +56,10 @@ def test_ports_belong_to_addresses_or_to_all() -> None:
 )
 def test_a_service_is_reached_from_its_own_host(bind: list[str], local: str) -> None:
     assert addresses.local_address(bind) == local
+
+
+def test_only_the_urls_of_the_site_get_another_user() -> None:
+    own = "sentinel://shop@[fd00::1]:26379/0;sentinel://shop@b:26379/0"
+    assert addresses.as_user(own, [own], "shop-web") == own.replace("shop@", "shop-web@")
+    assert addresses.as_user("rediss://me@managed.example:6380/0", [own], "shop-web") == "rediss://me@managed.example:6380/0"
+    assert addresses.as_user("", [own], "shop-web") == ""

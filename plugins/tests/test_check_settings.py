@@ -672,7 +672,9 @@ def test_monitoring_that_cannot_work_stops_the_run(judge: Judge) -> None:
 @pytest.mark.parametrize(
     ("hosts", "pki", "variable", "what", "allowed"),
     [
-        pytest.param(("one", "two"), ("one", "two"), "group monitoring", '["one", "two"]', "one host, since", id="two", marks=only_in_test_all),
+        pytest.param(
+            ("one", "two"), ("one", "two"), "group monitoring", '["one", "two"]', "one host, since", id="two", marks=only_in_test_all
+        ),
         pytest.param(("two",), ("one",), "exporters_tls", "no certificate for two", "group pki", id="no certificate"),
     ],
 )

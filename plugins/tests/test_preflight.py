@@ -335,6 +335,41 @@ def test_a_password_of_a_user_whom_the_site_needs_must_be_set(
     assert [problem for problem in problems if "password" in problem] == missing
 
 
+def test_a_producer_has_the_settings_of_the_services_as_another_user(tmp_path: Path) -> None:
+    here = site(tmp_path, {**ONE_HOST, "celery_producer": ["web"]}, celery_producer_redis_password=SECRET, pki_private_ca=False)
+    variables = rendered(here.render("celery_producer/templates/producer.env.j2", "web"))
+    services = rendered(here.render("celery_app/templates/celery.env.j2"))
+    own = {name: value for name, value in variables.items() if services.get(name) != value}
+    assert own == {
+        "CELERY_LOADER": "celery_platform.producer:Loader",
+        "PYTHONPATH": "/opt/celery-producer/orders",
+        "CELERY_PLATFORM_BROKER_URL": "rediss://orders-producer@127.0.0.1:6379/0",
+        "CELERY_PLATFORM_RESULT_BACKEND": "rediss://orders-producer@127.0.0.1:6379/1",
+    }
+    assert here.value("__celery_producer_credentials", "web") == dict.fromkeys(["broker_password", "result_backend_password"], SECRET)
+
+    foreign = {"celery_app_broker_url": "amqps://me@broker.example.net/me", "celery_app_broker_password": "Provider-secret-19c"}
+    here = site(tmp_path / "foreign", {"celery_producer": ["web"]}, celery_app_result_backend="", **foreign)
+    assert here.value("__celery_producer_credentials", "web") == {"broker_password": "Provider-secret-19c"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told_of"),
+    [
+        ({"celery_producer_units": ["gunicorn.service", "web@1.service"]}, []),
+        ({"celery_producer_units": ["gunicorn", "a/b.service"]}, ['celery_producer_units has ["gunicorn", "a/b.service"]']),
+        ({"celery_producer_units": ["celery-orders-beat.service"]}, ['celery_producer_units has ["celery-orders-beat.service"]']),
+        ({"celery_producer_user": "orders"}, ['celery_producer_user is "orders"']),
+        ({"celery_producer_python_path": ["lib"]}, ['celery_producer_python_path has ["lib"]']),
+        ({"celery_producer_redis_password": "short"}, ["celery_producer_redis_password has 5 characters"]),
+    ],
+)
+def test_what_a_producer_is_told(tmp_path: Path, settings: dict[str, Any], told_of: list[str]) -> None:
+    here = site(tmp_path, {**ONE_HOST, "celery_producer": ["one"]}, **({"celery_producer_redis_password": SECRET} | settings))
+
+    assert told(here.judge("celery_producer")) == told_of
+
+
 def test_users_of_the_brokers_are_those_who_have_a_password_and_what_the_inventory_says_of_them(tmp_path: Path) -> None:
     users = [
         {"name": "orders", "previous_password": SECRET, "databases": [0, 2]},

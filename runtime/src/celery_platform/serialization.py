@@ -31,7 +31,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery import Celery, bootsteps
 from celery.events.dispatcher import EventDispatcher
@@ -43,6 +43,9 @@ from kombu.utils.encoding import str_to_bytes
 
 from celery_platform import versions
 from celery_platform.settings import KEY_SIZE, MASK, PREFIX, Settings, keys_in
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +75,7 @@ class Key(NamedTuple):
     """A key of AES-256-GCM, and the first 8 bytes of its SHA-256, which sealed texts name it by."""
 
     id: bytes
-    cipher: Any
+    cipher: AESGCM
 
 
 class KeyRing:

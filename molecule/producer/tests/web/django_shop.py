@@ -12,7 +12,7 @@ from django.urls import path
 settings.configure(
     ALLOWED_HOSTS=["*"],
     ROOT_URLCONF=__name__,
-    SECRET_KEY="of-a-test",  # noqa: S106
+    SECRET_KEY="of-a-test",
     CELERY_BROKER_URL="redis://localhost:6379/0",
     CELERY_RESULT_BACKEND="redis://localhost:6379/1",
     CELERY_TASK_SERIALIZER="json",
