@@ -353,6 +353,30 @@ def test_a_producer_has_the_settings_of_the_services_as_another_user(tmp_path: P
     assert here.value("__celery_producer_credentials", "web") == {"broker_password": "Provider-secret-19c"}
 
 
+@pytest.mark.parametrize("scheme", ["rediss", "amqps"])
+def test_a_broker_of_others_has_a_certificate_of_a_ca_that_the_system_knows(tmp_path: Path, scheme: str) -> None:
+    url = f"{scheme}://me@broker.example.net:6380/0"
+    foreign = {"celery_app_broker_url": url, "celery_app_broker_password": "Provider-secret-19c", "celery_app_result_backend": ""}
+    here = site(tmp_path, {"celery_worker": ["one"], "celery_flower": ["one"]}, **foreign)
+    for template in ("celery_app/templates/celery.env.j2", "celery_monitor/templates/monitor.env.j2"):
+        variables = rendered(here.render(template))
+        assert variables["CELERY_PLATFORM_BROKER_URL"] == url
+        assert not [name for name in variables if "TLS" in name or "SENTINEL" in name or "RESULT_BACKEND" in name]
+    assert here.value("__celery_monitor_credentials") == {"broker_password": "Provider-secret-19c"}
+    assert here.judge() == here.judge("celery_monitor") == []
+
+    here = site(tmp_path / "named", {"celery_worker": ["one"]}, celery_app_tls_ca_file="/etc/ssl/provider.pem", **foreign)
+    assert rendered(here.render("celery_app/templates/celery.env.j2"))["CELERY_PLATFORM_TLS_CA_FILE"] == "/etc/ssl/provider.pem"
+
+
+def test_variables_of_celery_itself_are_refused_with_what_to_set_instead(tmp_path: Path) -> None:
+    named = {"CELERY_BROKER_URL": "redis://x", "CELERY_LOADER": "x", "CELERY_MINE": "x"}
+    for variable in ("celery_app_environment", "celery_app_secret_environment"):
+        (problem,) = site(tmp_path / variable, **{variable: named}).judge()
+        assert told([problem]) == [f'{variable} has ["CELERY_BROKER_URL", "CELERY_LOADER"]']
+        assert "celery_broker chooses the broker" in problem
+
+
 @pytest.mark.parametrize(
     ("settings", "told_of"),
     [

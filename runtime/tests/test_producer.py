@@ -217,6 +217,14 @@ def test_an_application_that_names_its_loader_keeps_its_broker(site: Site) -> No
     assert run(site, source) == "redis://127.0.0.1:2/0\n"
 
 
+def test_a_url_in_the_environment_of_the_process_is_no_other_broker(site: Site, redis_url: str) -> None:
+    site.write(TASKS)
+    site.set(broker_url=f"{redis_url}/0", result_backend=f"{redis_url}/1")
+    site.environment |= {"CELERY_BROKER_URL": "redis://127.0.0.1:1/0", "CELERY_RESULT_BACKEND": "redis://127.0.0.1:1/1"}
+    with site.worker("--queues=default"):
+        assert run(site, "from shop import sell; print(sell.delay(1).get(timeout=20))") == "2\n"
+
+
 def test_a_worker_is_configured_as_a_worker_whatever_the_environment_says(site: Site, redis_url: str) -> None:
     site.write(TASKS)
     site.set(broker_url=f"{redis_url}/0", result_backend=f"{redis_url}/1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -32,6 +33,10 @@ CONFIRM_TIMEOUT = 30
 LOOK_INTERVAL = {"interval_start": 0.5, "interval_step": 0.1, "interval_max": 5}
 
 
+#: Variables of the environment by which Celery overrides its configuration (celery/app/utils.py, Settings, 5.7.0).
+URLS_OF_CELERY = ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL", "CELERY_RESULT_BACKEND")
+
+
 class Connection(connection.Connection):
     """A connection that finds its broker soon after it is there again."""
 
@@ -43,6 +48,12 @@ class Connection(connection.Connection):
 def install(app: Celery, _: Settings) -> None:
     """Let an application use such connections."""
     app.amqp.Connection = Connection
+
+
+def override_environment() -> None:
+    """Let the deployment's broker and result backend win over the environment, as they do over the application's configuration."""
+    for name in URLS_OF_CELERY:
+        os.environ.pop(name, None)
 
 
 def with_password(url: str, password: SecretStr | None) -> str:

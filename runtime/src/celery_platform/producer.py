@@ -67,6 +67,7 @@ def configure(app: Celery) -> None:
         given = of_producers(load_settings())
         settings = configuration.with_own(app, given)
         configuration.apply(app, given)
+        broker.override_environment()
         with _lock:
             if app not in _producers:
                 for part in PARTS:

@@ -67,6 +67,7 @@ def load() -> Celery:
     os.environ.pop("CELERY_LOADER", None)
     given = load_settings()
     app = application.find(given.application)
+    broker.override_environment()
     own_broker = app.conf.broker_url
     settings = configuration.with_own(app, given)
     choices = configuration.apply(app, given)
