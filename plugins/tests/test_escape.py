@@ -438,12 +438,35 @@ def test_alertmanager_takes_any_url(tmp_path: Path) -> None:
     assert hook["url"] == url
 
 
+def test_alertmanager_takes_receivers_of_every_kind_as_they_are(tmp_path: Path) -> None:
+    receivers = {
+        "email_configs": [{"to": "oncall@example.org", "headers": {"subject": '{{ .GroupLabels.alertname }} "x"'}}],
+        "pagerduty_configs": [{"routing_key": ASCII, "send_resolved": True}],
+        "webhook_configs": [{"url": "https://example.org/hook"}],
+    }
+    shared = {"smtp_smarthost": "mail.example.org:587", "smtp_from": "a@example.org", "smtp_auth_password": ASCII + UNICODE}
+    text = render_with_other_delimiters(
+        "alertmanager/alertmanager.yml.j2",
+        alertmanager_watchdog_url="",
+        alertmanager_webhook="https://example.org/slack",
+        alertmanager_receivers=receivers,
+        alertmanager_global=shared,
+    )
+    (tmp_path / "alertmanager.yml").write_text(text)
+
+    subprocess.run(["amtool", "check-config", "alertmanager.yml"], cwd=tmp_path, check=True, capture_output=True)
+    found = yaml.safe_load(text)
+    assert found["receivers"][0].keys() == {"name", "slack_configs", *receivers}
+    assert {kind: found["receivers"][0][kind] for kind in receivers} == receivers
+    assert {name: found["global"][name] for name in shared} == shared
+
+
 def render_with_other_delimiters(template: str, **variables: Any) -> str:
     role, _, file = template.partition("/")
     environment = jinja2.Environment(trim_blocks=True, **OTHER_DELIMITERS)
-    environment.filters |= escape.FilterModule().filters()
+    environment.filters |= escape.FilterModule().filters() | {"to_json": json.dumps}
     values = {"ansible_managed": "x", "alertmanager_repeat_page": 2, "alertmanager_repeat_ticket": 24}
-    values |= {"site_pace": 1, "__alertmanager_broker_alert": "RedisWithoutMaster"}
+    values |= {"alertmanager_global": {}, "alertmanager_receivers": {}, "site_pace": 1, "__alertmanager_broker_alert": "RedisWithoutMaster"}
     return environment.from_string((REPOSITORY / "roles" / role / "templates" / file).read_text()).render(values | variables)
 
 
