@@ -44,14 +44,17 @@ def digest(*parts: str | bytes) -> str:
 
 
 def digest_of(paths: list[str]) -> str:
-    """Return a digest of paths: of files the contents, of folders all that is in them, of links the target; none need exist."""
+    """Return a digest of paths: of files the contents, of folders all that is in them, of links the target; none need exist.
+
+    What Python compiles for itself does not count.
+    """
     parts: list[str | bytes] = []
     for path in paths:
         parts.append(path)
         if os.path.islink(path):
             parts.append(os.readlink(path))
         if os.path.isdir(path) and not os.path.islink(path):
-            parts.append(digest_of([os.path.join(path, name) for name in sorted(os.listdir(path))]))
+            parts.append(digest_of([os.path.join(path, name) for name in sorted(os.listdir(path)) if name != "__pycache__"]))
         elif os.path.isfile(path):
             with open(path, "rb") as file:
                 parts.append(file.read())

@@ -42,6 +42,9 @@ def test_a_digest_is_of_names_contents_and_targets(tree: Path, tmp_path: Path) -
     seen.append(digest_of([str(tree)]))
     seen.append(digest_of([str(tree), "/not/there"]))
     assert len(set(seen)) == len(seen)
+    (tree / "__pycache__").mkdir()
+    (tree / "__pycache__/code.pyc").write_text("")
+    assert digest_of([str(tree)]) == seen[-2]
     # A link counts by its target: what is in a release does not change.
     replace_link(str(tree / "release"), str(tmp_path / "release"))
     before = digest_of([str(tree)])
