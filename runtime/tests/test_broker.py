@@ -15,6 +15,7 @@ from redbeat.schedulers import get_redis
 from celery_platform import beat, broker
 from celery_platform.settings import SecretStr, Settings
 from helpers.brokers import rabbitmq, rabbitmq_node
+from helpers.sentinels import PASSWORD as SERVERS_PASSWORD
 from helpers.sentinels import Servers
 from helpers.sites import Site, wait_for
 
@@ -94,3 +95,20 @@ def test_rabbitmq_takes_a_password_of_all_characters(
         connection.ensure_connection(max_retries=1)
         assert connection.connected
         assert connection.virtual_host == vhost
+
+
+def test_a_broker_of_others_is_verified_by_the_cas_of_the_system(tmp_path: Path) -> None:
+    """As with managed Redis: no file of CAs is named. OpenSSL takes those of the system from SSL_CERT_FILE, if that is set."""
+    site = Site(tmp_path)
+    site.write(SHOP + "@app.task(name='sell')\ndef sell(number):\n    return number + 1\n")
+    with Servers(tmp_path, tls=True) as servers:
+        port = servers.redis()
+        site.set(broker_url=f"rediss://default@127.0.0.1:{port}/0", result_backend=f"rediss://default@127.0.0.1:{port}/1")
+        site.set(publish_timeout="1")
+        site.secret(broker_password=SERVERS_PASSWORD, result_backend_password=SERVERS_PASSWORD)
+        site.environment["CELERY_LOADER"] = "celery_platform.producer:Loader"
+        send = ("python", "-c", "from shop import sell; print(sell.delay(1).get(timeout=20))")
+        assert "certificate verify failed" in site.run(*send, check=False).stderr
+        site.environment["SSL_CERT_FILE"] = str(servers.ca)
+        with site.worker("--without-mingle"):
+            assert site.run(*send).stdout == "2\n"
