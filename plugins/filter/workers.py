@@ -48,9 +48,29 @@ def workers_without_grace(workers: Iterable[dict[str, Any]], soft: int, hard: in
     ]
 
 
+def workers_that_cannot_grow(workers: Iterable[dict[str, Any]], concurrency: int, pool: str) -> list[str]:
+    """Return the names of workers whose `concurrency_max` is not above their concurrency, or whose pool does not grow with the load.
+
+    Args:
+        workers: entries of `celery_worker_list` that have one.
+        concurrency: what holds where a worker says none.
+        pool: what holds where a worker says none.
+    """
+    return [
+        worker.get("name", "")
+        for worker in workers
+        if worker.get("pool", pool) != "prefork" or int(worker["concurrency_max"]) <= int(worker.get("concurrency", concurrency))
+    ]
+
+
 class FilterModule:
     """What Ansible looks for in this file."""
 
     def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
-        return {"worker_names": worker_names, "worker_units": worker_units, "workers_without_grace": workers_without_grace}
+        return {
+            "worker_names": worker_names,
+            "worker_units": worker_units,
+            "workers_without_grace": workers_without_grace,
+            "workers_that_cannot_grow": workers_that_cannot_grow,
+        }

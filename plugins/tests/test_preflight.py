@@ -452,6 +452,8 @@ def test_a_password_of_our_own_brokers_is_long_though_it_comes_by_another_name(t
         ({"name": "a", "queues": ["default"], "pool": "gevent"}, "celery_worker_list has pool gevent"),
         ({"name": "a", "queues": ["default"], "conc": 1}, "celery_worker_list has conc, which is unknown"),
         ({"name": "a", "queues": ["default"], "cpu_weight": 0}, "celery_worker_list has [0]"),
+        ({"name": "a", "queues": ["default"], "cpu_quota": "1.5"}, 'celery_worker_list has ["1.5"]'),
+        ({"name": "a", "queues": ["default"], "concurrency_max": 2}, 'celery_worker_list has ["a"]'),
         ({"name": "a", "queues": ["default"], "cpu_weight": 10001}, "celery_worker_list has [10001]"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from filter.workers import worker_names, worker_units, workers_without_grace
+from filter.workers import worker_names, worker_units, workers_that_cannot_grow, workers_without_grace
 
 
 def test_workers_are_known_by_what_their_host_calls_itself() -> None:
@@ -38,3 +38,15 @@ def test_workers_whose_soft_limit_is_not_below_their_hard_one() -> None:
     ]
     assert workers_without_grace(workers, 600, 900) == ["long", "short"]
     assert workers_without_grace(workers[:1], 900, 600) == []
+
+
+def test_workers_that_cannot_grow() -> None:
+    workers = [
+        {"name": "good", "concurrency": 2, "concurrency_max": 3},
+        {"name": "by default", "concurrency_max": "3"},
+        {"name": "same", "concurrency": 3, "concurrency_max": 3},
+        {"name": "threads", "pool": "threads", "concurrency": 1, "concurrency_max": 3},
+    ]
+    assert workers_that_cannot_grow(workers, 2, "prefork") == ["same", "threads"]
+    assert workers_that_cannot_grow(workers[1:2], 3, "prefork") == ["by default"]
+    assert workers_that_cannot_grow(workers[:1], 2, "solo") == ["good"]
