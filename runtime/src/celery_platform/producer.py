@@ -19,6 +19,7 @@ from weakref import WeakSet
 from celery import Celery
 from celery.loaders.app import AppLoader
 from celery.utils.dispatch import Signal
+from kombu import pools
 
 from celery_platform import broker, configuration, guards, redis_transport, serialization, versions
 from celery_platform.settings import Settings, load_settings
@@ -88,12 +89,15 @@ def of_producers(settings: Settings) -> Settings:
 def leave_connections() -> None:
     """Let a forked process make its own connections, as those of gunicorn with `--preload` and of uwsgi must.
 
-    Celery does so in children of its pool only.
+    Celery and kombu do so in processes of `multiprocessing` only.
     """
     global _lock
     _lock = threading.Lock()
+    for group in (pools.connections, pools.producers):
+        _of_parent.extend(group.values())
+        group.clear()
     for app in _producers:
-        _of_parent.append((app._pool, vars(app.amqp).get("_producer_pool"), app._backend_cache, vars(app._local).pop("backend", None)))
+        _of_parent.append((app._backend_cache, vars(app._local).pop("backend", None)))
         app._backend_cache = None
         app._after_fork()
 
