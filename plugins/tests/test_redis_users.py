@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from helpers.sentinels import Servers
 from helpers.preflight import SECRET, site
+from helpers.sentinels import Servers
 
 
 @pytest.fixture
@@ -65,5 +65,5 @@ def test_a_cache_keeps_what_it_likes_below_its_prefix(cache: redis.Redis) -> Non
     ids=" ".join,
 )
 def test_a_cache_reaches_nothing_else(cache: redis.Redis, command: tuple[str, ...]) -> None:
-    with pytest.raises(redis.exceptions.ResponseError, match="permission|can't access"):
+    with pytest.raises(redis.exceptions.ResponseError, match=r"permission|can't access"):
         cache.execute_command(*command)
