@@ -20,7 +20,7 @@ STARTED := $(shell date +%s)
 part    = printf '%-52s %10s s\n' '$(1)' $$(($$(date +%s) - $(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help deploy demo status ssh environment secrets destroy lab-snapshot lab-restore test lint unit coverage molecule test-all drills bench-converge docs clean
+.PHONY: help deploy demo status ssh environment secrets destroy lab-snapshot lab-restore test packages lint unit coverage molecule test-all drills bench-converge docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -68,7 +68,10 @@ lab-snapshot: $(VENV)/controller ## Save what is on the lab hosts of ENV
 lab-restore: $(VENV)/controller ## Go back to what was saved of the lab hosts of ENV, in seconds
 	@$(DEPLOY) playbooks/lab.yml -e lab_state=restored $(ARGS)
 
-test: lint unit molecule ## Everything that .ci/run runs
+# Two at a time: on two cores, each of them waits half of its time, for a server or for time to pass.
+test: packages ## Everything that .ci/run runs
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target unit scenario-default-bookworm
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint scenario-lab-trixie
 
 lint: $(VENV)/test ## Lint and types
 	$(BIN)/yamllint --strict .
@@ -76,40 +79,37 @@ lint: $(VENV)/test ## Lint and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	cd runtime && ../$(BIN)/mypy
 
-# Debian's packages that tests need on this machine. Installed as if systemd were away, so that the packages' own services do
-# not start.
-define packages
-@dpkg-query --show $(1) >/dev/null 2>&1 || { apt-get update -qq && \
-  SYSTEMD_OFFLINE=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }
-endef
+# Debian's packages that tests need on this machine: servers and tools that they start, among them openssl for certificates and
+# promtool for alert rules, and a browser, which is told the lab's authority (certutil). Installed as if systemd were away, so that
+# the packages' own services do not start.
+PACKAGES := redis-server rabbitmq-server openssl prometheus prometheus-alertmanager nginx logrotate openssh-client \
+            chromium chromium-driver libnss3-tools
+packages: $(VENV)/test
+	@dpkg-query --show $(PACKAGES) >/dev/null 2>&1 || { echo "Installing what the tests start …"; apt-get update -qq && \
+	  SYSTEMD_OFFLINE=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; }
 
-# The tests start servers and run tools of their own from these packages, make certificates, and judge alert rules (promtool).
-SERVERS := redis-server rabbitmq-server openssl prometheus prometheus-alertmanager nginx logrotate openssh-client
-unit: $(VENV)/test ## Unit tests of the plugins and the runtime package; the roles' documentation
-	$(call packages,$(SERVERS))
+unit: packages ## Unit tests of the plugins and the runtime package; the roles' documentation
 # Three on two cores: half of the time they wait, for a server or for time to pass.
 	$(BIN)/pytest -q --numprocesses=3 --dist=loadfile
 
-coverage: $(VENV)/test ## How much of the runtime package its tests run
+coverage: packages ## How much of the runtime package its tests run
 	@mkdir -p .lab/coverage
 	COVERAGE_FILE=$(CURDIR)/.lab/coverage/data $(BIN)/coverage run -m pytest -q $(or $(ARGS),runtime/tests)
 	COVERAGE_FILE=$(CURDIR)/.lab/coverage/data $(BIN)/coverage combine --quiet
 	COVERAGE_FILE=$(CURDIR)/.lab/coverage/data $(BIN)/coverage report --fail-under=90
 
-# The tests of the lab open its pages in a browser, which is told the lab's authority (certutil).
-BROWSER := chromium chromium-driver libnss3-tools
-molecule: $(VENV)/test ## The quickstart on Debian 12, the lab of several hosts on Debian 13
-	$(call packages,$(BROWSER))
-	PATH="$(CURDIR)/$(BIN):$$PATH" molecule/run
+molecule: scenario-default-bookworm scenario-lab-trixie ## The quickstart on Debian 12, the lab of several hosts on Debian 13
+
+# scenario-<name>-<release>
+scenario-%: packages
+	@PATH="$(CURDIR)/$(BIN):$$PATH" molecule/run $(subst -,:,$*)
 
 test-all: export TEST_ALL := yes
 test-all: lint unit ## All tests, on both releases; hours
-	$(call packages,$(BROWSER))
 	PATH="$(CURDIR)/$(BIN):$$PATH" molecule/run default:bookworm default:trixie lab:trixie lab:bookworm redis:bookworm celery_app:trixie producer:trixie monitoring_proxy:trixie
 
 DRILLS := molecule/lab/inventory
-drills: $(VENV)/test ## Break a lab of six hosts again and again under a stream of tasks; print what became of them
-	$(call packages,$(BROWSER))
+drills: packages ## Break a lab of six hosts again and again under a stream of tasks; print what became of them
 	@rm -f .lab/drills.txt $(DRILLS)/group_vars/all/test_moved.yml
 	$(BIN)/ansible-playbook -i $(DRILLS) playbooks/lab.yml
 	$(BIN)/ansible-playbook -i $(DRILLS) site.yml

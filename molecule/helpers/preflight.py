@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from action import check_settings
 from helpers import REPOSITORY
 
 FACTS = {"distribution": "Debian", "distribution_major_version": "13", "distribution_version": "13.1", "memtotal_mb": 1000}
-FACTS |= {"virtualization_role": "guest", "virtualization_type": "podman", "fqdn": "one.example", "hostname": "one", "default_ipv4": {}}
+FACTS |= {"virtualization_role": "guest", "virtualization_type": "podman", "default_ipv4": {}}
 #: What a look at the host would find (roles/*/meta/rules.yml, `probes`).
 PROBE = {"host": {"wrong_names": {}, "disks": [], "missing_packages": [], "paths": []}, "certificate": {"problems": {}}, "unmade": {}}
 PROBE["rabbitmq"] = {"running": False, "installed": "", "candidate": "4.0.5", "nodes": [], "cookie_differs": False}
@@ -56,7 +58,7 @@ def of_roles(part: str) -> dict[str, Any]:
 class Site:
     """An inventory in a folder, as its hosts see it."""
 
-    def __init__(self, folder: Path, groups: dict[str, list[str]], files: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, folder: Path, groups: Mapping[str, Sequence[str]], files: Mapping[str, dict[str, Any]]) -> None:
         hosts = {"all": {"children": {group: {"hosts": dict.fromkeys(names)} for group, names in groups.items()}}}
         for name, content in {"hosts.yml": hosts, **files}.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -69,8 +71,9 @@ class Site:
     def variables(self, host: str = "one", role: str = "celery_app") -> dict[str, Any]:
         """Return the variables that a role's tasks have on a host."""
         own = self.manager.get_vars(host=self.inventory.get_host(host))
-        magic = {"role_path": str(REPOSITORY / "roles" / role), "ansible_facts": FACTS, "hostvars": self.hostvars}
+        magic = {"role_path": str(REPOSITORY / "roles" / role), "hostvars": self.hostvars}
         magic |= {"ansible_play_hosts": list(self.inventory.hosts)}
+        magic |= {"ansible_facts": FACTS | {"hostname": host, "fqdn": f"{host}.example"}}
         return of_roles("defaults") | own | of_roles("vars") | magic
 
     def value(self, expression: str, host: str = "one") -> Any:
@@ -88,9 +91,18 @@ class Site:
 
     def judge(self, role: str = "celery_app", host: str = "one") -> list[str]:
         """Return the problems that a role's preflight finds on a host."""
-        variables = self.variables(host, role) | {"__common_probe": PROBE, "check_settings_collect": True}
+        return self.judge_roles([role], host)
+
+    def judge_hosts(self) -> list[str]:
+        """Return the problems that the preflight of a run finds, on all hosts."""
+        found = [self.judge_roles(self.value("site_roles", host), host) for host in self.inventory.hosts]
+        return list(dict.fromkeys(itertools.chain(*found)))
+
+    def judge_roles(self, roles: list[str], host: str) -> list[str]:
+        """Return the problems that the preflight of several roles finds on a host."""
+        variables = self.variables(host, roles[0]) | {"__common_probe": PROBE, "check_settings_collect": True}
         task = Task()
-        task.args = {"roles": [role]}
+        task.args = {"roles": roles}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             templar = Templar(self.loader, variables=variables)
