@@ -155,6 +155,16 @@ def read(path: Path, top: Path) -> list[Line]:
     return list(_read(Path(os.path.normpath(path)), top, False, ()))
 
 
+def parse(text: str, name: str, top: Path) -> list[Line]:
+    """Return all lines of a requirements file that is nowhere but in this text; `name` is what it is called, and `top` as for `read`.
+
+    Raises:
+        BadRequirements: if a line cannot be deployed.
+        OSError: if a file that it includes cannot be read.
+    """
+    return list(_parsed(text, name, top / name, top, False, ()))
+
+
 def _read(path: Path, top: Path, is_constraint: bool, within: tuple[Path, ...]) -> Iterator[Line]:
     shown = os.path.relpath(path, top if top.is_dir() else top.parent)
     if path in within:
@@ -163,6 +173,10 @@ def _read(path: Path, top: Path, is_constraint: bool, within: tuple[Path, ...]) 
         text = decoded(path.read_bytes())
     except ValueError as error:
         raise BadRequirements(f"{shown}: {error}") from error
+    yield from _parsed(text, shown, path, top, is_constraint, within)
+
+
+def _parsed(text: str, shown: str, path: Path, top: Path, is_constraint: bool, within: tuple[Path, ...]) -> Iterator[Line]:
     for number, line in logical_lines(text):
         origin = f"{shown}:{number}"
         try:

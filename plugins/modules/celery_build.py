@@ -29,6 +29,21 @@ options:
     description: Mode of the folder.
     type: str
     default: "0750"
+  python:
+    description: The Python that the virtual environment is made of, on this host.
+    type: str
+    default: python3
+  packages:
+    description:
+      - Debian packages that are there while it is built. Those that the host did not have, and what came with them, are removed then;
+        if this is killed, by the next build beside it.
+    type: list
+    elements: str
+    default: []
+  environment:
+    description: Environment variables of pip and of what it starts. Their values are in no result.
+    type: dict
+    default: {}
   note:
     description: What is written into C(.complete).
     type: str
@@ -48,6 +63,7 @@ path:
   type: str
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -57,7 +73,9 @@ import shutil
 import subprocess
 import tarfile
 import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 
@@ -79,6 +97,10 @@ print(json.dumps([platform.python_version(), {d.metadata["Name"]: d.version for 
 PRIVATE = ("requirements.txt", "constraints.txt", "indexes.txt")
 #: Lines of pip's output that are told at most.
 TOLD = 15
+#: Shortest value of an environment variable, in characters, that is hidden: a login is longer, and 1 is a part of everything.
+SECRET_LENGTH = 8
+#: Of `apt-get --simulate`: a package that is not there yet.
+NEW_PACKAGE = re.compile(r"^Inst (\S+) \(", re.MULTILINE)
 
 
 #: A project's name at the begin of a requirement.
@@ -96,9 +118,10 @@ class Conflict(BuildError):
 class Release:
     """A release that is being built in its folder."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, python: str, environment: Mapping[str, str]) -> None:
         self.path = path
-        self.environment = os.environ | {"LC_ALL": "C.UTF-8", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+        self.python = python
+        self.environment = {**os.environ, **environment} | {"LC_ALL": "C.UTF-8", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
         # Set by whoever started this: it would name another one.
         for name in ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "PIP_USER", "PIP_TARGET", "PIP_PREFIX"):
             self.environment.pop(name, None)
@@ -119,7 +142,7 @@ class Release:
         manifest = json.loads((self.path / "release.json").read_text())
         # What builds a package writes beside its source.
         shutil.copytree(self.path / "app", self.path / SOURCE, symlinks=True)
-        self.run(["python3", "-m", "venv", "venv"])
+        self.run([self.python, "-m", "venv", "venv"])
         self.install()
         if manifest["install"]:
             try:
@@ -214,6 +237,7 @@ class Release:
             BuildError: if it fails for another reason.
         """
         completed = subprocess.run(  # noqa: S603
+            # A path of ours, unless it is absolute.
             [str(self.path / command[0]) if "/" in command[0] else command[0], *command[1:]],
             cwd=self.path,
             env=self.environment,
@@ -256,7 +280,8 @@ class Release:
             re.sub(r" \(from versions: .*\)$", "", line) for line in output.splitlines() if not line.startswith(("WARNING", "  WARNING"))
         ]
         lines = [line for line in lines if line.strip() and "Ignored the following" not in line]
-        python = f"Python {platform.python_version()} ({platform.machine()})"
+        version = self.run([self.python, "-c", "import platform; print(platform.python_version())"]).strip()
+        python = f"Python {version} ({platform.machine()})"
         missing = re.search(r"No matching distribution found for (\S+)", output)
         other = re.search(r"Package '?([^'\s]+)'? requires a different Python", output)
         failed = re.search(r"Failed (?:building wheel for|to build(?: installable wheels for)?) (?:some .* \()?'?([\w.-]+)", output)
@@ -267,19 +292,76 @@ class Release:
             return (
                 f"no release of {wanted}{self.origin(wanted)} can be installed with this host's {python}. Choose a version that has a "
                 f"wheel for it, or another version for this Python alone: {NAME.match(wanted)[0]}==…; python_version == "  # type: ignore[index]
-                f"'{'.'.join(platform.python_version_tuple()[:2])}'. pip says:\n{tail}"
+                f"'{version.rpartition('.')[0]}'. pip says:\n{tail}"
             )
         if failed or ("subprocess-exited-with-error" in output and stopped):
             wanted = failed[1] if failed else ""
             return (
                 f"a package has no wheel for this host's {python}, and cannot be built from source: {wanted}{self.origin(wanted)}. Choose "
-                f"a version that has a wheel for it, or install what its build needs by celery_app_packages. pip says:\n{tail}"
+                f"a version that has a wheel for it, or name what its build needs in celery_app_build_packages. pip says:\n{tail}"
             )
         return f"pip fails:\n{tail}"
 
 
-def build(path: Path, archive: Path, group: str, mode: str, note: str) -> list[str]:
+def apt(*arguments: str) -> str:
+    """Run apt-get, and return what it prints.
+
+    Raises:
+        BuildError: if it fails.
+    """
+    completed = subprocess.run(  # noqa: S603
+        ["apt-get", "--quiet", "--yes", "-o", "DPkg::Lock::Timeout=120", *arguments],  # noqa: S607
+        env=os.environ | {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    if completed.returncode:
+        tail = "\n".join((completed.stdout + completed.stderr).strip().splitlines()[-TOLD:])
+        raise BuildError(f"what its build needs cannot be installed or removed (celery_app_build_packages): {tail}")
+    return completed.stdout
+
+
+@contextlib.contextmanager
+def installed_packages(names: Sequence[str], record: Path) -> Iterator[None]:
+    """Have Debian packages while a release is built.
+
+    Args:
+        names: of the packages.
+        record: a file that names those that are to be removed, however this ends.
+
+    Raises:
+        BuildError: if they cannot be installed or removed.
+    """
+    if names:
+        install = ("install", "--no-install-recommends", *names)
+        try:
+            new = NEW_PACKAGE.findall(apt("--simulate", *install))
+        except BuildError:
+            apt("update")
+            new = NEW_PACKAGE.findall(apt("--simulate", *install))
+        with record.open("a") as file:
+            file.writelines(f"{name}\n" for name in new)
+        apt(*install)
+    try:
+        yield
+    finally:
+        if record.exists():
+            if new := record.read_text().split():
+                apt("purge", *new)
+            record.unlink()
+
+
+def build(path: Path, archive: Path, *, packages: Sequence[str] = (), **options: Any) -> list[str]:
     """Build a release, unless another process just has, and return what should be known of it.
+
+    Args:
+        path: its folder.
+        archive: what it is built from. It is removed.
+        packages: Debian packages that are there meanwhile.
+        options: of the module: `python`, `environment`, `group`, `mode` and `note`.
 
     Raises:
         BuildError: if it cannot be built, or is not what the application wants. Its folder is gone then.
@@ -291,16 +373,19 @@ def build(path: Path, archive: Path, group: str, mode: str, note: str) -> list[s
     with (path.parent / ".building").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            return [] if (path / ".complete").exists() else _build(path, archive, group, mode, note)
+            if (path / ".complete").exists():
+                return []
+            with installed_packages(packages, path.parent / ".build-packages"):
+                return _build(path, archive, **options)
         finally:
             archive.unlink(missing_ok=True)
 
 
-def _build(path: Path, archive: Path, group: str, mode: str, note: str) -> list[str]:
+def _build(path: Path, archive: Path, *, python: str, environment: Mapping[str, str], group: str, mode: str, note: str) -> list[str]:
     # What an earlier run left that was killed.
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(mode=0o700)
-    release = Release(path)
+    release = Release(path, python, environment)
     try:
         release.build(archive)
         if os.getuid() == 0:
@@ -348,17 +433,23 @@ def main() -> None:
             "group": {"type": "str", "default": "root"},
             "mode": {"type": "str", "default": "0750"},
             "note": {"type": "str", "default": "", "no_log": False},
+            "python": {"type": "str", "default": "python3"},
+            "packages": {"type": "list", "elements": "str", "default": []},
+            "environment": {"type": "dict", "default": {}, "no_log": True},
             "link": {"type": "path"},
         },
         supports_check_mode=True,
     )
     if MISSING:
         module.fail_json(msg=missing_required_lib("packaging"), exception=MISSING)
+    # Not what is a part of everything, as 1 is.
+    module.no_log_values = {text for text in map(str, module.params["environment"].values()) if len(text) >= SECRET_LENGTH}
     path, link = Path(module.params["path"]), module.params["link"]
     changed = not (path / ".complete").exists()
     try:
         if changed and not module.check_mode:
-            for warning in build(path, Path(module.params["archive"]), *(module.params[name] for name in ("group", "mode", "note"))):
+            options = {name: module.params[name] for name in ("packages", "python", "environment", "group", "mode", "note")}
+            for warning in build(path, Path(module.params["archive"]), **options):
                 module.warn(warning)
         if link:
             changed |= choose(path, Path(link), module.check_mode)

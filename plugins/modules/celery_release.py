@@ -18,7 +18,9 @@ options:
     type: path
     required: true
   requirements:
-    description: Requirements file. Files that it includes (C(-r), C(-c)) are packed with it.
+    description:
+      - Requirements file. Files that it includes (C(-r), C(-c)) are packed with it.
+      - Or a lock file, C(uv.lock) or C(poetry.lock), which uv or Poetry on the controller exports as one.
     type: path
     required: true
   runtime:
@@ -41,6 +43,16 @@ options:
     default: []
   python_path:
     description: Folders of I(source) that modules are imported from, besides itself.
+    type: list
+    elements: str
+    default: []
+  extras:
+    description: Extras of the project that its lock file is asked for.
+    type: list
+    elements: str
+    default: []
+  groups:
+    description: Groups of dependencies that a lock file is asked for, besides those of the project itself.
     type: list
     elements: str
     default: []
@@ -84,6 +96,7 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ansible.module_utils import lock_file
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.requirements_file import (
     INDEX_OPTIONS,
@@ -104,6 +117,8 @@ PACKED_TIME = 946_684_800
 #: Files that usually hold secrets, and endings of those that are there to be copied.
 DOTENV = (".env", ".env.*")
 SAMPLES = (".example", ".sample", ".template", ".dist")
+#: Options that are lists of texts.
+LISTS = ("exclude", "include", "python_path", "extras", "groups")
 #: Never part of a release, unless asked for: version control, caches, environments, and those files.
 ALWAYS_EXCLUDED = (
     ".git", ".hg", ".svn", "__pycache__", "*.pyc", ".venv", "venv", ".tox", ".nox", *DOTENV, ".mypy_cache",
@@ -209,6 +224,22 @@ def chosen_files(source: Path, exclude: tuple[str, ...] = (), include: tuple[str
     return sorted(files, key=lambda path: path.parts)
 
 
+def required(path: Path, source: Path, extras: Iterable[str] = (), groups: Iterable[str] = ()) -> list[Line]:
+    """Return the lines of a requirements file, or what a lock file is exported as.
+
+    Raises:
+        BadRequirements: if it cannot be deployed.
+        OSError: if it cannot be read.
+    """
+    if not path.exists() and (others := [name for name in (*lock_file.TOOLS, "pdm.lock") if (path.parent / name).exists()]):
+        raise BadRequirements(f"there is no {path}, but {others[0]} (celery_app_requirements)")
+    if path.name in lock_file.TOOLS:
+        return lock_file.requirements(path, source, list(extras), list(groups))
+    if path.suffix == ".lock":
+        raise BadRequirements(f"{path.name}: allowed are {' and '.join(lock_file.TOOLS)}; export any other as requirements.txt")
+    return read(path, source)
+
+
 def constraints_for(lines: list[Line], constraints: str) -> str:
     """Return the constraints without the projects that the application chooses itself."""
     own = {line.name for line in lines}
@@ -269,15 +300,15 @@ def pack(entries: Iterator[tuple[str, Path | bytes]]) -> bytes:
 
 def main() -> None:
     """Run the module."""
-    lists = {name: {"type": "list", "elements": "str", "default": []} for name in ("exclude", "include", "python_path")}
+    lists = {name: {"type": "list", "elements": "str", "default": []} for name in LISTS}
     paths = {name: {"type": "path", "required": True} for name in ("source", "requirements", "runtime", "dest")}
     module = AnsibleModule(argument_spec=paths | lists | {"install": {"type": "bool", "default": True}}, supports_check_mode=True)
     source, requirements, runtime, dest = (Path(os.path.abspath(module.params[name])) for name in paths)
-    exclude, include, python_path = (tuple(module.params[name]) for name in lists)
+    exclude, include, python_path, extras, groups = (tuple(module.params[name]) for name in LISTS)
     if not source.exists():
         module.fail_json(msg=f"cannot pack the application: there is no {source}")
     try:
-        lines = read(requirements, source)
+        lines = required(requirements, source, extras, groups)
         files = chosen_files(source, exclude, include) if source.is_dir() else []
         places = [(folder, "python_path") for folder in python_path]
         places += [(line.address.removeprefix(SOURCE).strip("/"), line.origin) for line in lines if line.address.startswith(SOURCE)]

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +18,8 @@ from pathlib import Path
 import pytest
 from ansible.module_utils import requirements_file
 
+from helpers import REPOSITORY
+from helpers.targets import only_in_test_all
 from modules import celery_build, celery_release
 
 #: Builds a wheel of what stands in its pyproject.toml, without help of any other package.
@@ -80,7 +83,9 @@ class Site:
             wheel.writestr(f"{info}/RECORD", f"{name}.py,sha256={digest},0\n")
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    def build(self, requirements: str, **options: object) -> list[str]:
+    def build(
+        self, requirements: str, *, python: str = "python3", environment: dict[str, str] | None = None, **options: object
+    ) -> list[str]:
         """Build a release of it as the role does; return the warnings."""
         write(self.source, {"requirements.txt": requirements})
         lines = requirements_file.read(self.source / "requirements.txt", self.source)
@@ -90,7 +95,15 @@ class Site:
         archive.write_bytes(packed)
         self.release = self.folder / "releases" / hashlib.sha256(packed).hexdigest()[:12]
         try:
-            return celery_build.build(self.release, archive, "root", "0750", "git+https://robot:tok3n@example.org/shop@v1")
+            return celery_build.build(
+                self.release,
+                archive,
+                python=python,
+                environment=environment or {},
+                group="root",
+                mode="0750",
+                note="git+https://robot:tok3n@example.org/shop@v1",
+            )
         finally:
             assert not archive.exists()
 
@@ -185,7 +198,7 @@ def test_hashes_are_asked_for_and_nothing_of_them_is_replaced(site: Site) -> Non
     ("version", "told"),
     [
         ("1.0", ["no release of native==1.0 (requirements.txt:1)", f"Python {sys.version.split()[0]}", "python_version =="]),
-        ("2.0", ["native", "has no wheel", "celery_app_packages", "no compiler here"]),
+        ("2.0", ["native", "has no wheel", "celery_app_build_packages", "no compiler here"]),
     ],
 )
 def test_a_package_without_a_wheel_for_this_python(site: Site, version: str, told: list[str]) -> None:
@@ -245,7 +258,7 @@ def test_a_folder_that_cannot_be_built_names_the_setting(site: Site) -> None:
 
 
 def test_tokens_are_not_in_what_is_told() -> None:
-    release = celery_build.Release(Path("/tmp"))
+    release = celery_build.Release(Path("/tmp"), "python3", {})
 
     with pytest.raises(celery_build.BuildError) as error:
         release.run(["sh", "-c", "echo ERROR: cannot read https://robot:tok3n@example.org/simple >&2; exit 1"])
@@ -254,12 +267,71 @@ def test_tokens_are_not_in_what_is_told() -> None:
     assert "https://example.org/simple" in str(error.value)
 
 
+@pytest.mark.usefixtures("quick")
+def test_pip_has_the_environment_that_is_given(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    with pytest.raises(celery_build.BuildError, match="No matching distribution found for queue==5.5"):
+        site.build("queue==5.5\n")
+
+    site.build("queue==5.5\n", environment={"PIP_FIND_LINKS": str(site.index)})
+    assert site.version("queue") == "5.5"
+
+
+def test_what_pip_is_given_is_in_no_result(tmp_path: Path) -> None:
+    (tmp_path / "archive").write_text("not one")
+    login = "https://robot:tok3n@example.org/simple"
+    arguments = {"path": str(tmp_path / "releases/one"), "archive": str(tmp_path / "archive"), "python": "tok"}
+    arguments |= {"environment": {"PIP_INDEX_URL": login, "PIP_RETRIES": "1", "TOKEN": "tok3n-of-robot"}}  # type: ignore[dict-item]
+    ansible = [Path(sys.executable).with_name("ansible"), "localhost", "-i", "localhost,", "-c", "local", "-vvv"]
+    more = ["-e", f"ansible_python_interpreter={sys.executable}", "-m", "celery_build", "-a", json.dumps(arguments)]
+    environment = os.environ | {"ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg")}
+
+    told = subprocess.run([*ansible, *more], env=environment, capture_output=True, text=True, check=False)
+    assert "cannot build the release, and nothing was switched" in told.stdout
+    assert "tok3n" not in told.stdout + told.stderr
+    assert "python: tok\n" in told.stdout
+    assert not list((tmp_path / "releases").glob("[!.]*"))
+
+
+@pytest.mark.usefixtures("quick")
+def test_another_python_than_the_system_s_is_taken_by_its_path(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "other").symlink_to(sys.executable)
+
+    site.build("queue==5.5\n", python=str(tmp_path / "other"))
+    assert os.readlink(site.release / "venv/bin/python") in ("other", str(tmp_path / "other"))
+    assert site.version("queue") == "5.5"
+
+
+@only_in_test_all
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("apt-get"), reason="installs a package of Debian")
+def test_what_a_build_needs_is_there_only_meanwhile(tmp_path: Path) -> None:
+    assert not shutil.which("hello")
+    record = tmp_path / "packages"
+    with pytest.raises(celery_build.BuildError, match="no wheel"), celery_build.installed_packages(["hello", "bash"], record):
+        assert shutil.which("hello")
+        raise celery_build.BuildError("no wheel")
+    assert not shutil.which("hello")
+    assert shutil.which("bash")
+    assert not record.exists()
+
+    # As a killed build leaves it.
+    celery_build.apt("install", "hello")
+    record.write_text("hello\n")
+    with celery_build.installed_packages([], record):
+        assert shutil.which("hello")
+    assert not shutil.which("hello")
+
+    with pytest.raises(celery_build.BuildError, match=r"(?s)celery_app_build_packages\): .*no-such-package"):
+        celery_build.installed_packages(["no-such-package"], record).__enter__()
+    assert not record.exists()
+
+
 def test_a_build_of_a_killed_run_that_goes_on_is_waited_for(tmp_path: Path) -> None:
     release = tmp_path / "releases/one"
     release.mkdir(parents=True)
     with (release.parent / ".building").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        waits = threading.Thread(target=celery_build.build, args=(release, tmp_path / "no.tar.gz", "root", "0750", ""))
+        waits = threading.Thread(target=celery_build.build, args=(release, tmp_path / "no.tar.gz"))
         waits.start()
         waits.join(0.5)
         assert waits.is_alive()
