@@ -30,18 +30,15 @@ def lasting_redis(port: int, folder: Path) -> Iterator[None]:
         server.terminate()
 
 
-@pytest.fixture(scope="session")
-def rabbitmq_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Callable[..., str]]]:
-    """Start RabbitMQ on the loopback addresses; return its IPv4 address, and a function that runs rabbitmqctl."""
-    # Erlang's sockets have a limit on the length of their paths, so not below pytest's folder.
-    folder, port, distribution = tmp_path_factory.mktemp("rabbitmq"), free_port(), free_port()
-    (folder / "rabbitmq.conf").write_text(
-        f"listeners.tcp.1 = 127.0.0.1:{port}\nlisteners.tcp.2 = ::1:{port}\nloopback_users = none\nlog.console = true\n"
-    )
+@contextmanager
+def running_rabbitmq(folder: Path, settings: str) -> Iterator[Callable[..., str]]:
+    """Run RabbitMQ with the settings of a rabbitmq.conf until the block ends; return a function that runs rabbitmqctl."""
+    distribution = free_port()
+    (folder / "rabbitmq.conf").write_text(f"{settings}log.console = true\n")
     (folder / "enabled_plugins").write_text("[].\n")
     environment = os.environ | {
         "HOME": str(folder),
-        "RABBITMQ_NODENAME": f"test{port}@localhost",
+        "RABBITMQ_NODENAME": f"test{distribution}@localhost",
         "RABBITMQ_DIST_PORT": str(distribution),
         "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
         "RABBITMQ_MNESIA_BASE": str(folder / "mnesia"),
@@ -60,10 +57,19 @@ def rabbitmq_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[st
         )
         try:
             wait_for("RabbitMQ", lambda: b"Server startup complete" in (folder / "out").read_bytes(), seconds=60)
-            yield f"amqp://guest@127.0.0.1:{port}", control
+            yield control
         finally:
             os.killpg(server.pid, signal.SIGTERM)
             server.wait(30)
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Callable[..., str]]]:
+    """Start RabbitMQ on the loopback addresses; return its IPv4 address, and a function that runs rabbitmqctl."""
+    port = free_port()
+    listeners = f"listeners.tcp.1 = 127.0.0.1:{port}\nlisteners.tcp.2 = ::1:{port}\nloopback_users = none\n"
+    with running_rabbitmq(tmp_path_factory.mktemp("rabbitmq"), listeners) as control:
+        yield f"amqp://guest@127.0.0.1:{port}", control
 
 
 @pytest.fixture

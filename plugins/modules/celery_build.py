@@ -10,6 +10,7 @@ description:
   - Unpacks the archive, and installs what the application requires and the runtime package in one resolution of pip, in which
     the application's pins are law. Where these have hashes, they are installed first by their own file, and nothing of it is
     replaced by what comes after.
+  - Where wheels were packed with it (C(vendor/)), it needs no package index, and asks none.
   - Then asks C(pip check), and compares what is installed with the pins. Whatever does not fit is an error, and leaves no
     folder. What is complete has a file C(.complete).
 options:
@@ -79,6 +80,8 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 
+from ansible.module_utils.private_environment import hide_values
+
 try:
     from ansible.module_utils.requirements_file import SOURCE, project_name, without_logins
     from packaging.requirements import InvalidRequirement, Requirement
@@ -97,8 +100,6 @@ print(json.dumps([platform.python_version(), {d.metadata["Name"]: d.version for 
 PRIVATE = ("requirements.txt", "constraints.txt", "indexes.txt")
 #: Lines of pip's output that are told at most.
 TOLD = 15
-#: Shortest value of an environment variable, in characters, that is hidden: a login is longer, and 1 is a part of everything.
-SECRET_LENGTH = 8
 #: Of `apt-get --simulate`: a package that is not there yet.
 NEW_PACKAGE = re.compile(r"^Inst (\S+) \(", re.MULTILINE)
 
@@ -126,6 +127,7 @@ class Release:
         for name in ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "PIP_USER", "PIP_TARGET", "PIP_PREFIX"):
             self.environment.pop(name, None)
         self.warnings: list[str] = []
+        self.vendor = path / "vendor"
 
     def build(self, archive: Path) -> None:
         """Build it.
@@ -139,6 +141,9 @@ class Release:
             packed.extractall(self.path, **({"filter": "tar"} if hasattr(tarfile, "tar_filter") else {}))  # noqa: S202
         for name in PRIVATE:
             (self.path / name).chmod(0o600)
+        if self.vendor.exists():
+            # What was gathered where there is an index. There is none here, whatever this host's pip is told.
+            self.environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.vendor)}
         manifest = json.loads((self.path / "release.json").read_text())
         # What builds a package writes beside its source.
         shutil.copytree(self.path / "app", self.path / SOURCE, symlinks=True)
@@ -151,6 +156,7 @@ class Release:
                 told = "the application's folder has a pyproject.toml, and cannot be installed (celery_app_install: false leaves it so)"
                 raise BuildError(f"{told}: {error}") from error
         shutil.rmtree(self.path / SOURCE)
+        shutil.rmtree(self.vendor, ignore_errors=True)
         self.compare()
         python, _ = self.installed()
         major, minor, _ = python.split(".", 2)
@@ -442,8 +448,7 @@ def main() -> None:
     )
     if MISSING:
         module.fail_json(msg=missing_required_lib("packaging"), exception=MISSING)
-    # Not what is a part of everything, as 1 is.
-    module.no_log_values = {text for text in map(str, module.params["environment"].values()) if len(text) >= SECRET_LENGTH}
+    hide_values(module, module.params["environment"])
     path, link = Path(module.params["path"]), module.params["link"]
     changed = not (path / ".complete").exists()
     try:

@@ -56,6 +56,17 @@ options:
     type: list
     elements: str
     default: []
+  vendor:
+    description:
+      - Versions of Python and machines of hosts that reach no package index (C(3.11.2-x86_64)). The wheels of all that is required are
+        gathered here, and packed beside the release; they are no part of its name.
+    type: list
+    elements: str
+    default: []
+  environment:
+    description: Environment variables of pip, which gathers wheels. Their values are in no result.
+    type: dict
+    default: {}
   install:
     description: Whether the host installs I(source) into the virtual environment. Not if it is no project that can be built.
     type: bool
@@ -96,8 +107,9 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ansible.module_utils import lock_file
+from ansible.module_utils import lock_file, wheels
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.private_environment import hide_values
 from ansible.module_utils.requirements_file import (
     INDEX_OPTIONS,
     SOURCE,
@@ -118,7 +130,7 @@ PACKED_TIME = 946_684_800
 DOTENV = (".env", ".env.*")
 SAMPLES = (".example", ".sample", ".template", ".dist")
 #: Options that are lists of texts.
-LISTS = ("exclude", "include", "python_path", "extras", "groups")
+LISTS = ("exclude", "include", "python_path", "extras", "groups", "vendor")
 #: Never part of a release, unless asked for: version control, caches, environments, and those files.
 ALWAYS_EXCLUDED = (
     ".git", ".hg", ".svn", "__pycache__", "*.pyc", ".venv", "venv", ".tox", ".nox", *DOTENV, ".mypy_cache",
@@ -247,10 +259,11 @@ def constraints_for(lines: list[Line], constraints: str) -> str:
     return "".join(f"{text}\n" for text in kept)
 
 
-def is_project(source: Path) -> bool:
-    """Tell whether a folder says how it is built (PEP 518). Without that, a pyproject.toml is the settings of tools."""
+def builders(source: Path) -> list[str] | None:
+    """Return what a folder is built by, or None if it does not say so (PEP 518): then its pyproject.toml is the settings of tools."""
     file = source / "pyproject.toml"
-    return file.is_file() and "build-system" in tomllib.loads(file.read_text())
+    build = tomllib.loads(file.read_text()).get("build-system") if file.is_file() else None
+    return None if build is None else list(build.get("requires", ["setuptools"]))
 
 
 def contents(
@@ -274,11 +287,12 @@ def contents(
     yield "indexes.txt", text(line for line in lines if line.options and set(line.options) <= set(INDEX_OPTIONS))
     yield "runtime-constraints.txt", constraints_for(lines, (runtime / "constraints.txt").read_text()).encode()
     required = any(line.address == SOURCE for line in lines)
-    manifest = {"python_path": list(python_path), "install": install and not required and source.is_dir() and is_project(source)}
+    project = source.is_dir() and builders(source) is not None
+    manifest = {"python_path": list(python_path), "install": install and not required and project}
     yield "release.json", json.dumps(manifest).encode()
 
 
-def pack(entries: Iterator[tuple[str, Path | bytes]]) -> bytes:
+def pack(entries: Iterable[tuple[str, Path | bytes]]) -> bytes:
     """Return a tar archive that depends on nothing but names, contents, links and the executable bit."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
@@ -302,9 +316,11 @@ def main() -> None:
     """Run the module."""
     lists = {name: {"type": "list", "elements": "str", "default": []} for name in LISTS}
     paths = {name: {"type": "path", "required": True} for name in ("source", "requirements", "runtime", "dest")}
-    module = AnsibleModule(argument_spec=paths | lists | {"install": {"type": "bool", "default": True}}, supports_check_mode=True)
+    more = {"install": {"type": "bool", "default": True}, "environment": {"type": "dict", "default": {}, "no_log": True}}
+    module = AnsibleModule(argument_spec=paths | lists | more, supports_check_mode=True)
+    hide_values(module, module.params["environment"])
     source, requirements, runtime, dest = (Path(os.path.abspath(module.params[name])) for name in paths)
-    exclude, include, python_path, extras, groups = (tuple(module.params[name]) for name in LISTS)
+    exclude, include, python_path, extras, groups, targets = (tuple(module.params[name]) for name in LISTS)
     if not source.exists():
         module.fail_json(msg=f"cannot pack the application: there is no {source}")
     try:
@@ -319,19 +335,27 @@ def main() -> None:
         if found := conflicts(lines, needs):
             told = "; ".join(found)
             module.fail_json(msg=f"the runtime package does not work with what the application pins: {told} (runtime/pyproject.toml)")
-        packed = pack(contents(source, lines, runtime, files, python_path=python_path, install=module.params["install"]))
+        vendor: list[tuple[str, Path]] = []
+        if targets:
+            built_by = [*(builders(runtime) or []), *((builders(source) or []) if source.is_dir() and module.params["install"] else [])]
+            constraints = constraints_for(lines, (runtime / "constraints.txt").read_text())
+            folder = wheels.gather(lines, [*needs, *built_by], constraints, targets, dest, module.params["environment"])
+            vendor = [(f"vendor/{path.name}", path) for path in sorted(folder.iterdir())]
+            # Where packages are is no question any more.
+            lines = [line for line in lines if not set(line.options) & set(INDEX_OPTIONS)]
+        entries = list(contents(source, lines, runtime, files, python_path=python_path, install=module.params["install"]))
+        release = hashlib.sha256(pack(entries)).hexdigest()[:12]
     except (BadRequirements, OSError, tomllib.TOMLDecodeError) as error:
         module.fail_json(msg=f"cannot pack the application: {error}")
 
-    release = hashlib.sha256(packed).hexdigest()[:12]
-    archive = dest / f"{release}.tar.gz"
+    archive = dest / (f"{release}-{folder.name}.tar.gz" if vendor else f"{release}.tar.gz")
     # A cache on the controller, so written in check mode too: the check can then look at the release.
     if not archive.exists():
         dest.mkdir(parents=True, exist_ok=True)
         partial = archive.with_suffix(".partial")
         # The application's code is for its owner only, here too.
         partial.touch(mode=0o600)
-        partial.write_bytes(gzip.compress(packed, mtime=0))
+        partial.write_bytes(gzip.compress(pack([*entries, *vendor]), mtime=0))
         partial.rename(archive)
     left_out = environment_files(source, files) if source.is_dir() else []
     if left_out:

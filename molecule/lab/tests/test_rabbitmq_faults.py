@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from helpers import web as servers
 from helpers.drills import BROKERS_KILLED, QUEUE, RECOVERY, WORKER, Report, cut_off, drill, kill_workers
-from helpers.nodes import wait_for
+from helpers.nodes import Node, wait_for
 from helpers.rabbit import SERVICE, RabbitCluster
 from helpers.targets import FULL, only_in_drills, only_in_test_all
 
@@ -127,6 +128,12 @@ def test_tasks_flow_again_soon_after_the_leader_was_killed(cluster: RabbitCluste
     reports = [rabbit_drill(cluster, leader_killed) for _ in range(BROKERS_KILLED)]
     assert [report.lost for report in reports] == [[]] * BROKERS_KILLED
     assert statistics.median(report.longest_pause for report in reports) <= RECOVERY
+
+
+@only_in_test_all
+def test_web_servers_send_on_when_a_leader_is_killed(cluster: RabbitCluster, web: Node) -> None:
+    cluster.whole()
+    servers.send_through("RabbitMQ, leader killed", web, lambda: leader_killed(cluster), cluster.whole)
 
 
 @only_in_test_all

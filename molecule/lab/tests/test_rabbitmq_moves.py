@@ -34,7 +34,7 @@ def test_a_site_moves_to_redis_while_tasks_flow(cluster: Cluster) -> None:
     later = cluster.application.celery_python(send)
     with Stream(cluster.application, cluster.workers, rate=10) as stream:
         # As the site's own file; the inventory's, which is kept in git, comes before it.
-        (cluster.application.inventory / "group_vars/all/test_moved.yml").write_text("---\ncelery_broker: redis\n")
+        (cluster.application.inventory / "group_vars/all/generated_moved.yml").write_text("---\ncelery_broker: redis\n")
         move()
         # The producer, as one that is not deployed from here, still sends to the other broker.
         stream.stop()

@@ -73,6 +73,7 @@ def test_nothing_acknowledged_is_lost(cluster: Cluster, fault: Fault) -> None:
     assert redis_drill(cluster, fault).lost == []
 
 
+@only_in_test_all
 def test_tasks_flow_again_soon_after_the_master_was_killed(cluster: Cluster) -> None:
     reports = [redis_drill(cluster, master_killed) for _ in range(BROKERS_KILLED)]
     assert [report.lost for report in reports] == [[]] * BROKERS_KILLED

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import redis
 
+from helpers import web as servers
 from helpers.cluster import PASSWORDS, REDIS, SENTINEL, Cluster
-from helpers.drills import Report, Stream
+from helpers.drills import RECOVERY, Report, Stream
 from helpers.flower_client import Flower
 from helpers.nodes import Node, wait_for
 from helpers.targets import only_in_drills, only_in_test_all
@@ -42,6 +43,7 @@ def nothing_went_wrong(report: Report) -> bool:
 
 def test_tasks_flow_on_when_the_master_is_killed(failed_over: dict[str, Any]) -> None:
     assert nothing_went_wrong(failed_over["report"])
+    assert failed_over["report"].longest_pause <= RECOVERY
 
 
 def test_the_old_master_comes_back_as_a_replica(cluster: Cluster, failed_over: dict[str, Any]) -> None:
@@ -59,6 +61,18 @@ def test_flower_sees_tasks_after_a_failover(cluster: Cluster, failed_over: dict[
     flower.sees(cluster.application)
     assert len(flower.workers()) == 6
     assert "sentinel://" in flower.page("/flower/broker")
+
+
+@only_in_test_all
+def test_web_servers_send_on_when_the_master_is_killed(cluster: Cluster, web: Node) -> None:
+    cluster.replicas_follow()
+    before = cluster.master()
+
+    def kill() -> None:
+        cluster.nodes[before].host.check_output("systemctl kill --signal=KILL redis-server")
+        wait_for("another master", lambda: cluster.master() not in ("", before), seconds=60)
+
+    servers.send_through("Redis, master killed", web, kill, cluster.replicas_follow)
 
 
 def test_a_run_after_a_failover_changes_nothing(cluster: Cluster, failed_over: dict[str, Any]) -> None:

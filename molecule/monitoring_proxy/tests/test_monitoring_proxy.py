@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from typing import Any
 
 from helpers.nodes import Node, wait_for
+from helpers.proxy import ask, page
 
 testinfra_hosts = ["ansible://monitoring"]
 
 PATHS = ["/", "/flower/", "/flower/api/workers", "/prometheus/-/ready", "/prometheus/api/v1/targets", "/alertmanager/api/v2/status"]
 JOBS = {"alertmanager", "blackbox", "celery", "node", "prometheus", "redis"}
-
-
-def ask(node: Node, *paths: str, password: str | None = None) -> dict[str, tuple[int, str]]:
-    """Return status and text of pages, asked for on the host itself."""
-    login = {} if password is None else {"Authorization": "Basic " + base64.b64encode(f"operator:{password}".encode()).decode()}
-    script = f"""
-import http.client, json
-found = dict()
-for path in {paths!r}:
-    connection = http.client.HTTPConnection("127.0.0.1", 8080, timeout=20)
-    connection.request("GET", path, headers={login!r})
-    answer = connection.getresponse()
-    found[path] = answer.status, answer.read().decode(errors="replace")
-print(json.dumps(found))
-"""
-    return {path: tuple(answer) for path, answer in json.loads(node.python(script)).items()}
-
-
-def page(node: Node, path: str) -> str:
-    """Return a page that must be there."""
-    status, text = ask(node, path, password=node.secrets["vault_monitoring_proxy_password"])[path]
-    assert status == 200, text
-    return text
 
 
 def test_without_the_password_nothing_is_shown(node: Node) -> None:

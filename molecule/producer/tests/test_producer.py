@@ -11,27 +11,11 @@ from typing import Any
 import pytest
 import testinfra.host
 
-from helpers import REPOSITORY
+from helpers import web as servers
 from helpers.nodes import Node, wait_for
+from helpers.web import SERVERS
 
 testinfra_hosts = ["ansible://celery_producer"]
-
-WEB = Path(__file__).parent / "web"
-PACKAGES = "gunicorn flask fastapi uvicorn"
-#: How each is started, and its port.
-SERVERS = {
-    "django": ("gunicorn --preload --workers=2 --bind=127.0.0.1:8001 django_shop:application", 8001),
-    "flask": ("gunicorn --preload --workers=2 --threads=4 --bind=127.0.0.1:8002 flask_shop:create_app()", 8002),
-    "fastapi": ("uvicorn --workers=2 --host=127.0.0.1 --port=8003 fastapi_shop:app", 8003),
-}
-UNIT = """
-[Service]
-User=www-data
-WorkingDirectory=/srv/web
-ExecStart=/srv/web/venv/bin/{command}
-[Install]
-WantedBy=multi-user.target
-"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,18 +23,11 @@ def web(host: testinfra.host.Host) -> Node:
     """Install the sites, as their owner does, and start them; then run the playbook, as their owner does next."""
     inventory = Path(__file__).parents[1] / "inventory"
     node = Node(host, inventory)
-    for file in WEB.glob("*.py"):
-        node.write(f"/srv/web/{file.name}", file.read_text())
-    node.write("/srv/web/requirements.txt", (REPOSITORY / "examples/library/requirements.txt").read_text())
-    node.host.check_output(f"cd /srv/web && python3 -m venv venv && venv/bin/pip install --quiet -r requirements.txt {PACKAGES} 2>&1")
-    for name, (command, _) in SERVERS.items():
-        node.write(f"/etc/systemd/system/web-{name}.service", UNIT.format(command=command))
-        # Those that listen before they have settings answer with an error.
-        node.host.check_output(f"systemctl daemon-reload && systemctl enable --now web-{name}")
-    before = {name: node.show(f"web-{name}", "MainPID") for name in SERVERS}
+    servers.install(node)
+    before = servers.processes(node)
     changed = node.converge()["changed"]
     assert changed == ["celery_producer : Restart those services that run with something else"]
-    assert all(node.show(f"web-{name}", "MainPID") != before[name] for name in SERVERS)
+    assert all(pid != before[name] for name, pid in servers.processes(node).items())
     return node
 
 
