@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+
 import django
 from celery import Celery
 from django.conf import settings
@@ -12,7 +14,7 @@ from django.urls import path
 settings.configure(
     ALLOWED_HOSTS=["*"],
     ROOT_URLCONF=__name__,
-    SECRET_KEY="of-a-test",
+    SECRET_KEY=secrets.token_urlsafe(),
     CELERY_BROKER_URL="redis://localhost:6379/0",
     CELERY_RESULT_BACKEND="redis://localhost:6379/1",
     CELERY_TASK_SERIALIZER="json",

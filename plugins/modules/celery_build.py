@@ -79,7 +79,6 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
-
 from ansible.module_utils.private_environment import hide_values
 
 try:
