@@ -256,9 +256,9 @@ def retries(self):
 
 @app.task(name="fails")
 def fails():
-    if not os.path.exists("mended"):
+    if not os.path.exists("fixed"):
         raise ValueError("no stock")
-    ran("mended")
+    ran("fixed")
 """
 SEND = """
 from celery_platform.worker import app
@@ -332,12 +332,12 @@ def test_each_user_can_do_what_it_is_for(sites: Callable[[str], Site], control: 
                 site.run("python", "-c", code)
             assert watch.result().stdout.splitlines() == ["('critical', 1) ('default', 1) 1", "critical default", "pong"]
         wait_for("all tasks", lambda: len(ran()) == 15)
-        (worker.folder / "mended").touch()
+        (worker.folder / "fixed").touch()
         wait_for(
             "the dead letter", lambda: "3 dead letters" in worker.run("python", "-m", "celery_platform.cli", "dead-letters", "list").stdout
         )
         worker.run("python", "-m", "celery_platform.cli", "dead-letters", "replay", "--all", "--yes")
-        wait_for("the replayed tasks", lambda: ran().count("mended") == 3)
+        wait_for("the replayed tasks", lambda: ran().count("fixed") == 3)
     assert "revoked" not in ran()
     assert "Warm shutdown" in worker.log()
     assert refusals(log) == []

@@ -40,9 +40,9 @@ def test_config_tells_where_each_value_is_from_and_no_secret(site: Site) -> None
     assert rows["broker_url"]["value"] == "sentinel://shop:********@a:26379;sentinel://shop:********@b:26379"
     assert rows["broker_transport_options"]["value"]["sentinel_kwargs"]["password"] == "********"
     assert "Europe/Berlin" in shown
-    told = [(rows[name]["value"], rows[name]["overruled"], rows[name]["reason"]) for name in ("task_time_limit",)]
+    told = [(rows[name]["value"], rows[name]["overridden"], rows[name]["reason"]) for name in ("task_time_limit",)]
     assert told == [(1000, 700, "CELERY_PLATFORM_TIME_LIMIT is set")]
-    assert rows["broker_url"]["overruled"] == "redis://:********@localhost"
+    assert rows["broker_url"]["overridden"] == "redis://:********@localhost"
     for secret in ("br0ker", "res3lt", "sentin3l", "h00k", "0wn"):
         assert secret not in shown + json.dumps(rows)
 

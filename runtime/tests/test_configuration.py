@@ -160,7 +160,7 @@ def test_the_environment_wins_over_the_application(environment: Environment) -> 
     assert configuration.with_own(app, load_settings()).time_limit == 800
     (choice,) = (choice for choice in applied(app).values() if choice.reason)
 
-    assert (choice.name, choice.source, choice.overruled) == ("task_time_limit", "environment", 700)
+    assert (choice.name, choice.source, choice.overridden) == ("task_time_limit", "environment", 700)
     assert choice.reason == "CELERY_PLATFORM_TIME_LIMIT is set"
 
 
@@ -243,7 +243,7 @@ def test_routes_and_queues_of_the_application_hold_where_they_fit(
         ({"task_create_missing_queues": True}, "task_create_missing_queues", "it belongs to the deployment"),
     ],
 )
-def test_each_overruled_value_is_one_warning(
+def test_each_overridden_value_is_one_warning(
     environment: Environment, caplog: pytest.LogCaptureFixture, own: dict[str, object], name: str, told: str
 ) -> None:
     environment()
@@ -251,9 +251,9 @@ def test_each_overruled_value_is_one_warning(
     app.conf.update(own)
     choice = applied(app)[name]
 
-    assert choice.overruled == own[name]
+    assert choice.overridden == own[name]
     (warning,) = caplog.messages
-    assert warning.startswith(f"{name} of the application is overruled")
+    assert warning.startswith(f"{name} of the application is overridden")
     assert told in warning
     assert "s3cret" not in warning
 
@@ -283,7 +283,7 @@ def test_an_application_keeps_its_results_in_its_database(environment: Environme
         ("task_reject_on_worker_lost", False, True),
     ],
 )
-def test_what_is_less_safe_is_overruled_with_a_warning(
+def test_what_is_less_safe_is_overridden_with_a_warning(
     environment: Environment, caplog: pytest.LogCaptureFixture, name: str, value: object, instead: object
 ) -> None:
     environment()
@@ -293,7 +293,7 @@ def test_what_is_less_safe_is_overruled_with_a_warning(
         applied(app)
 
     assert app.conf[name] == instead
-    assert f"{name} of the application is overruled" in caplog.text
+    assert f"{name} of the application is overridden" in caplog.text
 
 
 def test_a_result_backend_that_was_used_too_early_is_made_anew(environment: Environment) -> None:
@@ -367,6 +367,6 @@ def test_what_the_application_sets_holds_and_what_does_not_is_told_once(site: Si
         sent = site.producer().send_task("send", queue="media").get(timeout=10)
         assert site.producer().AsyncResult(sent).get(timeout=10) == "slow"
     for name in ("broker_url", "task_serializer", "task_routes"):
-        assert site.log().count(f"{name} of the application is overruled") == 1
-    assert site.log().count("is overruled") == 3
+        assert site.log().count(f"{name} of the application is overridden") == 1
+    assert site.log().count("is overridden") == 3
     assert "s3cret" not in site.log()

@@ -249,7 +249,7 @@ def test_each_mode_reads_what_the_next_one_writes(redis_url: str, mode: Any, wri
             app.AsyncResult("plain").get(timeout=1)
 
 
-def test_a_serializer_of_the_application_is_overruled(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_serializer_of_the_application_is_overridden(caplog: pytest.LogCaptureFixture) -> None:
     app = Celery("shop", broker="memory://")
     serialization.install(app, settings(encryption="migrate", encryption_keys=keys(OLD)))
 

@@ -127,7 +127,7 @@ def test_all_that_a_user_does(
     assert done == EXPECTED
     print(f"Celery {minor}, {broker}, {pool}: {len(done)} of {len(EXPECTED)}")
     assert ("kombu's own Redis transport is used" in site.log()) == (broker == "redis" and minor != "5.7")
-    assert "accept_content of the application is overruled" in site.log()
+    assert "accept_content of the application is overridden" in site.log()
 
 
 def settings(url: str, **more: str) -> Settings:

@@ -43,8 +43,8 @@ def test_a_django_project_that_nobody_adapted_is_deployed_by_inventory_alone(nod
         options = {"global_keyprefix": "library:"}
         web.conf.update(broker_transport_options=options, result_backend_transport_options=options, task_default_queue="default")
         assert [web.send_task("books.tasks.lend", ("Emma",)).get(timeout=20) for _ in range(2)] == [1, 2]
-        overruled = node.host.check_output("journalctl --unit=celery-library-worker@default --output=cat --since=-5min")
-        assert "accept_content of the application is overruled" in overruled
+        overridden = node.host.check_output("journalctl --unit=celery-library-worker@default --output=cat --since=-5min")
+        assert "accept_content of the application is overridden" in overridden
         demo = node.run_playbook("-e", f"@{library}", playbook="playbooks/operations/demo.yml")
         assert demo.returncode == 0, demo.stdout
         assert re.search(r"default: \d+ ms", demo.stdout)

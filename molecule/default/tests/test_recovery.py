@@ -24,9 +24,9 @@ def stick(state):
 
 @shared_task
 def poison():
-    if not pathlib.Path("/run/faults/mended").exists():
+    if not pathlib.Path("/run/faults/fixed").exists():
         os.kill(os.getpid(), 9)
-    return "mended"
+    return "fixed"
 """
 UNIT = "celery-orders-worker@batch.service"
 #: Seconds; shorter than an operator would have it, for a test to wait for.
@@ -77,7 +77,7 @@ def test_nobody_is_restarted_while_the_broker_is_away(node: Node) -> None:
     assert [node.show(unit, "MainPID", "NRestarts") for unit in units] == before
 
 
-def test_a_task_that_kills_its_process_is_kept_and_succeeds_once_when_it_is_mended(node: Node) -> None:
+def test_a_task_that_kills_its_process_is_kept_and_succeeds_once_when_it_is_fixed(node: Node) -> None:
     def runs(line: str) -> int:
         return node.host.file("/var/log/celery/orders/batch.log").content_string.count(f"{task}{line}")
 
@@ -90,7 +90,7 @@ def test_a_task_that_kills_its_process_is_kept_and_succeeds_once_when_it_is_mend
     assert (letter["reason"], letter["runs"], letter["queue"]) == ("worker-lost", 3, "batch")
     assert runs("] received") == 3
 
-    node.write("/run/faults/mended", "")
+    node.write("/run/faults/fixed", "")
     assert node.host.check_output("celery-exec celery-platform dead-letters replay %s", task) == "1 replayed"
     wait_for("its success", lambda: runs("] succeeded"))
     assert task not in dead_letters()

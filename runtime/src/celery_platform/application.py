@@ -114,7 +114,7 @@ def serve_twins(app: Celery, broker_url: str) -> None:
 
     Args:
         app: The application, configured.
-        broker_url: Its broker by its own settings, before they were overruled.
+        broker_url: Its broker by its own settings, before they were overridden.
     """
 
     def unite(other: Celery) -> None:

@@ -61,11 +61,11 @@ def config(as_json: bool) -> None:
     rows = [{"name": name, "value": value, "source": source} for name, value, source in ours]
     for choice in configuration.in_force(choices, in_force):
         row = {"name": choice.name, "value": hide(choice.value), "source": choice.source}
-        rows.append(row | ({"overruled": hide(choice.overruled), "reason": hide(choice.reason)} if choice.reason else {}))
+        rows.append(row | ({"overridden": hide(choice.overridden), "reason": hide(choice.reason)} if choice.reason else {}))
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     else:
-        columns = ("name", "value", "source", "overruled")
+        columns = ("name", "value", "source", "overridden")
         _print_table(("Name", "Value", "From", "Overruled"), [[_shown(row.get(column)) for column in columns] for row in rows])
 
 

@@ -26,7 +26,7 @@ class Choice(NamedTuple):
     value: Any
     source: str
     #: What the application set instead, and why that is not in force; '' if it set nothing else.
-    overruled: Any = None
+    overridden: Any = None
     reason: str = ""
 
 
@@ -60,7 +60,7 @@ SETTING_OF: dict[str, str] = {
 OF_DEPLOYMENT = frozenset({"redis", "rediss", "sentinel", "amqp", "amqps", "rpc", "cache", "memory", "disabled"})
 
 #: What an application may set itself, and when that is as safe as what we would set. Without an entry here, a value of
-#: the application is overruled: connections, say, belong to the deployment.
+#: the application is overridden: connections, say, belong to the deployment.
 AS_SAFE: dict[str, Callable[[Any, Settings], bool]] = {
     "accept_content": lambda value, _: set(value) <= {"json", "application/json"},
     "result_accept_content": lambda value, _: set(value) <= {"json", "application/json"},
@@ -213,7 +213,7 @@ def tell(choices: list[Choice]) -> None:
     """Log which values of the application are not in force. They are not shown: there may be passwords in them."""
     for choice in choices:
         if choice.reason:
-            logger.warning("%s of the application is overruled (`celery-platform config` shows both): %s", choice.name, choice.reason)
+            logger.warning("%s of the application is overridden (`celery-platform config` shows both): %s", choice.name, choice.reason)
 
 
 def tell_at_start(choices: list[Choice]) -> None:

@@ -286,7 +286,7 @@ def delay_safely(app: Celery, declares: bool = True) -> None:
     - one of less than a second is a ValueError, as a delay is cut to whole seconds. Here it is a second.
       Can go when calculate_routing_key takes 0.
     - an exchange is ignored: the message goes to the queue of the route. Here the queue that it stands for is found
-      (queues.py), and one of others is an error. Can go when Celery 5.7.0's KeyError for routes without a queue is mended.
+      (queues.py), and one of others is an error. Can go when Celery 5.7.0's KeyError for routes without a queue is fixed.
     - what delays it is declared by workers only: before the first one ran, it is a 404, or lost. Here whoever sends the
       first one declares it. Can go when Celery declares it for senders.
     """

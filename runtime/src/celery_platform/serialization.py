@@ -164,12 +164,12 @@ def use_serializer(app: Celery, settings: Settings) -> None:
 def _send_encrypted(app: Celery) -> None:
     """Overrule what tasks and callers say about how a message is written."""
     send = app.send_task
-    overruled: set[str] = set()
+    overridden: set[str] = set()
 
     def send_task(name: str, *args: Any, **options: Any) -> Any:
         asked = options.get("serializer") or NAME
-        if asked != NAME and name not in overruled:
-            overruled.add(name)
+        if asked != NAME and name not in overridden:
+            overridden.add(name)
             logger.warning("%s asks for the serializer %s; it is sent encrypted all the same (%sENCRYPTION)", name, asked, PREFIX)
         return send(name, *args, **options | {"serializer": NAME, "argsrepr": MASK, "kwargsrepr": MASK})
 
