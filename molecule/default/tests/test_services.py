@@ -178,6 +178,18 @@ def test_a_command_of_celery_exec_ends_with_who_called_it(node: Node, signal: st
     assert node.host.check_output("systemctl list-units --no-legend 'celery-orders-*exec-*'") == ""
 
 
+def test_celery_exec_tells_why_systemd_could_not_start_a_command(node: Node) -> None:
+    folder = "/run/systemd/system/celery-orders-exec-.service.d"
+    node.write(f"{folder}/broken.conf", "[Service]\nSupplementaryGroups=nobody-knows-it\n")
+    node.host.check_output("systemctl daemon-reload")
+    try:
+        failed = node.host.run("celery-exec true")
+        assert failed.rc == 216
+        assert "Failed to determine supplementary groups" in failed.stderr
+    finally:
+        node.host.check_output(f"rm -r {folder} && systemctl daemon-reload")
+
+
 def test_no_secret_is_readable_by_others(node: Node) -> None:
     """Look where secrets leak: command lines, environments, units, the journal, and every file that `nobody` can read.
 
