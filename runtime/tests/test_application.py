@@ -6,12 +6,14 @@ import json
 import os
 import re
 import time
+from pathlib import Path
 
 import pytest
 
 from celery_platform import application, systemd
+from helpers.sentinels import Servers
 from helpers.shop import store_of
-from helpers.sites import Site, cli
+from helpers.sites import Site, cli, free_port
 
 GOOD = """
 from celery import Celery
@@ -34,6 +36,15 @@ def test_an_application_that_loads_is_ok(broken: Site) -> None:
     assert cli(broken, "check").stdout == "ok: 1 tasks of shop\n"
     broken.set(application="shop.app")
     assert cli(broken, "check").stdout == "ok: 1 tasks of shop.app\n"
+
+
+def test_a_redis_cluster_is_told(broken: Site, tmp_path: Path) -> None:
+    with Servers(tmp_path) as servers:
+        cluster = servers.redis(cluster_enabled="yes", cluster_config_file="nodes.conf", cluster_port=str(free_port()))
+        broken.set(result_backend=f"redis://127.0.0.1:{cluster}/0")
+        assert "Error: The result backend is a Redis Cluster" in cli(broken, "check", status=1).stderr
+        broken.set(result_backend=f"redis://127.0.0.1:{servers.redis()}/0")
+        assert cli(broken, "check").stdout == "ok: 1 tasks of shop:app\n"
 
 
 @pytest.mark.parametrize(

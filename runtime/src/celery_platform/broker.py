@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import ssl
+from contextlib import suppress
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
@@ -130,6 +131,21 @@ def redis_client(settings: Settings, url: str, password: SecretStr | None, timeo
     sentinel: Any = Sentinel(sentinels, sentinel_kwargs=sentinel_options(settings) | times)  # type: ignore[no-untyped-call]
     master: redis.Redis = sentinel.master_for(settings.sentinel_master, **options)
     return master
+
+
+def redis_clusters(settings: Settings) -> list[str]:
+    """Return which of broker and result backend is a Redis Cluster, whose keys Celery cannot use together.
+
+    One that does not answer, or does not tell (some providers allow no INFO), is taken for none.
+    """
+    found = []
+    places = {"broker": (settings.broker_url, settings.broker_password)}
+    places["result backend"] = (settings.result_backend or "", settings.result_backend_password)
+    for name, (url, password) in places.items():
+        if url.startswith(("redis://", "rediss://")):
+            with suppress(redis.RedisError, OSError), redis_client(settings, url, password, CONNECT_TIMEOUT) as client:
+                found += [name] if client.info("cluster")["cluster_enabled"] else []
+    return found
 
 
 def _result_config(settings: Settings) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from kombu import serialization
 from kombu.entity import Queue
 from kombu.exceptions import KombuError
 
-from celery_platform import application, configuration
+from celery_platform import application, broker, configuration
 from celery_platform.dead_letters import REASONS, DeadLetter, Letters, Store, StoreError, store_of
 from celery_platform.logs import secrets_of
 from celery_platform.queue_status import queues
@@ -122,8 +122,11 @@ def _shown(value: Any) -> str:
 
 @main.command()
 def check() -> None:
-    """Load all that a worker loads before it consumes, without its broker, and tell why it could not start."""
+    """Load all that a worker loads before it consumes, and tell why it could not start. Its broker need not be there."""
     settings = _settings()
+    if clusters := broker.redis_clusters(settings):
+        which = " and the ".join(clusters)
+        raise click.ClickException(f"The {which} is a Redis Cluster, which Celery cannot use; allowed: one Redis, or Sentinel")
     from celery_platform.worker import app
 
     with application.explained():
