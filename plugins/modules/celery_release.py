@@ -56,6 +56,17 @@ options:
     type: list
     elements: str
     default: []
+  state_folders:
+    description:
+      - Folders of I(source) that the application writes to. In the release each is a link to one of the same name below I(state), and
+        what the source has in it is not packed.
+    type: list
+    elements: str
+    default: []
+  state:
+    description: Folder on the host that these links lead to.
+    type: str
+    default: ""
   vendor:
     description:
       - Versions of Python and machines of hosts that reach no package index (C(3.11.2-x86_64)). The wheels of all that is required are
@@ -130,7 +141,7 @@ PACKED_TIME = 946_684_800
 DOTENV = (".env", ".env.*")
 SAMPLES = (".example", ".sample", ".template", ".dist")
 #: Options that are lists of texts.
-LISTS = ("exclude", "include", "python_path", "extras", "groups", "vendor")
+LISTS = ("exclude", "include", "python_path", "extras", "groups", "vendor", "state_folders")
 #: Never part of a release, unless asked for: version control, caches, environments, and those files.
 ALWAYS_EXCLUDED = (
     ".git", ".hg", ".svn", "__pycache__", "*.pyc", ".venv", "venv", ".tox", ".nox", *DOTENV, ".mypy_cache",
@@ -266,13 +277,35 @@ def builders(source: Path) -> list[str] | None:
     return None if build is None else list(build.get("requires", ["setuptools"]))
 
 
+class Link(str):
+    """Where a link leads, in place of a file's content."""
+
+    __slots__ = ()
+
+
+Content = Path | bytes | Link
+
+
 def contents(
-    source: Path, lines: list[Line], runtime: Path, files: list[Path], *, python_path: Iterable[str] = (), install: bool = True
-) -> Iterator[tuple[str, Path | bytes]]:
+    source: Path,
+    lines: list[Line],
+    runtime: Path,
+    files: list[Path],
+    *,
+    python_path: Iterable[str] = (),
+    install: bool = True,
+    state_folders: Iterable[str] = (),
+    state: str = "",
+) -> Iterator[tuple[str, Content]]:
     """Yield the name and content of everything in a release."""
     if source.is_dir():
+        kept = [source / folder for folder in state_folders]
         for path in files:
-            yield f"app/{path.relative_to(source)}", path
+            if not any(path.is_relative_to(folder) for folder in kept):
+                yield f"app/{path.relative_to(source)}", path
+        for folder in kept:
+            inside = folder.relative_to(source)
+            yield f"app/{inside}", Link(f"{state}/{inside}")
     else:
         yield "app/.keep", b""
         yield f"wheels/{source.name}", source
@@ -292,7 +325,7 @@ def contents(
     yield "release.json", json.dumps(manifest).encode()
 
 
-def pack(entries: Iterable[tuple[str, Path | bytes]]) -> bytes:
+def pack(entries: Iterable[tuple[str, Content]]) -> bytes:
     """Return a tar archive that depends on nothing but names, contents, links and the executable bit."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
@@ -301,7 +334,9 @@ def pack(entries: Iterable[tuple[str, Path | bytes]]) -> bytes:
             info.mode = 0o644
             info.mtime = PACKED_TIME
             if isinstance(content, Path) and content.is_symlink():
-                info.type, info.linkname = tarfile.SYMTYPE, str(content.readlink())
+                content = Link(content.readlink())
+            if isinstance(content, Link):
+                info.type, info.linkname = tarfile.SYMTYPE, content
                 archive.addfile(info)
                 continue
             if isinstance(content, Path):
@@ -316,11 +351,12 @@ def main() -> None:
     """Run the module."""
     lists = {name: {"type": "list", "elements": "str", "default": []} for name in LISTS}
     paths = {name: {"type": "path", "required": True} for name in ("source", "requirements", "runtime", "dest")}
-    more = {"install": {"type": "bool", "default": True}, "environment": {"type": "dict", "default": {}, "no_log": True}}
+    more = {"install": {"type": "bool", "default": True}, "state": {"type": "str", "default": ""}}
+    more |= {"environment": {"type": "dict", "default": {}, "no_log": True}}
     module = AnsibleModule(argument_spec=paths | lists | more, supports_check_mode=True)
     hide_values(module, module.params["environment"])
     source, requirements, runtime, dest = (Path(os.path.abspath(module.params[name])) for name in paths)
-    exclude, include, python_path, extras, groups, targets = (tuple(module.params[name]) for name in LISTS)
+    exclude, include, python_path, extras, groups, targets, state_folders = (tuple(module.params[name]) for name in LISTS)
     if not source.exists():
         module.fail_json(msg=f"cannot pack the application: there is no {source}")
     try:
@@ -343,7 +379,8 @@ def main() -> None:
             vendor = [(f"vendor/{path.name}", path) for path in sorted(folder.iterdir())]
             # Where packages are is no question any more.
             lines = [line for line in lines if not set(line.options) & set(INDEX_OPTIONS)]
-        entries = list(contents(source, lines, runtime, files, python_path=python_path, install=module.params["install"]))
+        options = {"python_path": python_path, "state_folders": state_folders, "state": module.params["state"]}
+        entries = list(contents(source, lines, runtime, files, install=module.params["install"], **options))
         release = hashlib.sha256(pack(entries)).hexdigest()[:12]
     except (BadRequirements, OSError, tomllib.TOMLDecodeError) as error:
         module.fail_json(msg=f"cannot pack the application: {error}")

@@ -92,6 +92,14 @@ def test_a_folder_is_packed_with_the_runtime(source: Path, runtime: Path) -> Non
     assert json.loads(text_of(archive, "release.json")) == {"python_path": [], "install": False}
 
 
+def test_a_folder_that_the_application_writes_to_is_a_link(source: Path, runtime: Path) -> None:
+    write(source, {"logs/.gitkeep": "", "logs/old.log": "x", "web/media/logo.png": "x", "logs2/x": ""})
+    archive = opened(packed(source, runtime, state_folders=["logs", "web/media/"], state="/var/lib/celery/shop/app"))
+
+    found = {name: one.linkname for name, one in archive.items() if name.startswith(("app/logs", "app/web"))}
+    assert found == {"app/logs": "/var/lib/celery/shop/app/logs", "app/web/media": "/var/lib/celery/shop/app/web/media", "app/logs2/x": ""}
+
+
 def test_a_wheel_is_packed_with_the_runtime(tmp_path: Path, runtime: Path) -> None:
     wheel = tmp_path / "shop-1.0-py3-none-any.whl"
     wheel.write_bytes(b"PK wheel")

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 BASE_DIR = Path(__file__).resolve().parent.parent
+LOGS = BASE_DIR / "logs"
+LOGS.mkdir(exist_ok=True)
 SECRET_KEY = Path(os.environ["SECRET_KEY_FILE"]).read_text() if "SECRET_KEY_FILE" in os.environ else "for development only"
 DEBUG = False
 ALLOWED_HOSTS = ["localhost"]

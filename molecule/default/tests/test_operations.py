@@ -59,6 +59,9 @@ PeriodicTask.objects.get_or_create(name="lend", defaults={"task": "books.tasks.l
         wait_for("a periodic task from the database", lambda: "Sending due task lend" in log.content_string, seconds=30)
         assert web.send_task("books.tasks.lend", ("Ulysses",)).get(timeout=20) > 1
         web.close()
+        # What it writes beside its code stays where the next release finds it.
+        assert node.host.file("/opt/celery/library/current/app/logs").linked_to == "/var/lib/celery/library/app/logs"
+        assert node.host.file("/var/lib/celery/library/app/logs/loans.log").contains("Ulysses")
         # The application that the inventory no longer names.
         assert node.host.run("systemctl list-units --plain --no-legend 'celery-orders-*'").stdout == ""
         assert node.host.file("/etc/celery").listdir() == ["library"]
