@@ -99,6 +99,8 @@ print(json.dumps([platform.python_version(), {d.metadata["Name"]: d.version for 
 PRIVATE = ("requirements.txt", "constraints.txt", "indexes.txt")
 #: Lines of pip's output that are told at most.
 TOLD = 15
+#: Of pip: the project that it begins with, by name or by the archive of its source.
+BEGUN = re.compile(r"^(?:Collecting |Processing \S*/)([A-Za-z0-9][\w.-]*?)(?=[=<>~!\[; ]|-\d|$)", re.MULTILINE)
 #: Of `apt-get --simulate`: a package that is not there yet.
 NEW_PACKAGE = re.compile(r"^Inst (\S+) \(", re.MULTILINE)
 
@@ -300,7 +302,8 @@ class Release:
                 f"'{version.rpartition('.')[0]}'. pip says:\n{tail}"
             )
         if failed or ("subprocess-exited-with-error" in output and stopped):
-            wanted = failed[1] if failed else ""
+            # The one that pip began with last, where it does not say which.
+            wanted = failed[1] if failed else (BEGUN.findall(output) or [""])[-1]
             return (
                 f"a package has no wheel for this host's {python}, and cannot be built from source: {wanted}{self.origin(wanted)}. Choose "
                 f"a version that has a wheel for it, or name what its build needs in celery_app_build_packages. pip says:\n{tail}"

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 import textwrap
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import redis
+from celery import Celery
 
 from helpers.preflight import site as inventory
-from helpers.sites import Site, cli
+from helpers.sentinels import Servers
+from helpers.sites import Site, cli, wait_for
 
 #: What a worker runs, and what producers import. Its own broker is one of a developer's machine.
 TASKS = """
@@ -210,6 +214,24 @@ def test_a_broker_that_is_away_is_an_error_in_time(site: Site, broker: str) -> N
     seconds, _, told = shown.partition(" ")
     assert told.startswith("The broker did not take the task: ")
     assert 3 <= float(seconds) < 10
+
+
+def test_who_waits_for_a_result_waits_through_a_failover(site: Site, tmp_path: Path) -> None:
+    site.write(TASKS)
+    with Servers(tmp_path) as servers, ThreadPoolExecutor() as pool:
+        port = servers.redis()
+        site.set(broker_url=f"redis://127.0.0.1:{port}/0", result_backend=f"redis://127.0.0.1:{port}/1", key_prefix="shop:")
+        source = "from shop import sell\nprint(sell.apply_async((6,), task_id='one').get(timeout=30))"
+        waiting = pool.submit(run, site, source, check=False)
+        with redis.Redis(port=port) as client:
+            wait_for("who waits", lambda: client.pubsub_channels("*one"))
+        servers.kill(port)
+        time.sleep(6)
+        servers.redis(port=port)
+        stored = Celery(backend=f"redis://127.0.0.1:{port}/1", set_as_current=False)
+        stored.conf.result_backend_transport_options = {"global_keyprefix": "shop:"}
+        stored.backend.store_result("one", 7, "SUCCESS")
+        assert waiting.result(30) == "7\n"
 
 
 def test_a_producer_needs_no_package_but_celery(site: Site, redis_url: str) -> None:

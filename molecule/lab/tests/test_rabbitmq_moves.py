@@ -20,9 +20,9 @@ def restarts(node: Node) -> list[tuple[int, int]]:
     for unit in units:
         # With --timestamp=us+utc: "Thu 2026-11-26 02:06:54.123456 UTC".
         shown = node.host.check_output("systemctl show %s --timestamp=us+utc -p ActiveExitTimestamp -p ActiveEnterTimestamp --value", unit)
-        times.append(
-            tuple(sorted(int(datetime.strptime(line, "%a %Y-%m-%d %H:%M:%S.%f UTC").timestamp() * 1e6) for line in shown.split("\n")))
-        )
+        # One that never left its state has no time of that.
+        found = [int(datetime.strptime(line, "%a %Y-%m-%d %H:%M:%S.%f UTC").timestamp() * 1e6) for line in shown.split("\n") if line]
+        times.append((min(found), max(found)))
     return times
 
 

@@ -68,6 +68,7 @@ def configure(app: Celery) -> None:
         given = of_producers(load_settings())
         settings = configuration.with_own(app, given)
         configuration.apply(app, given)
+        wait_for_results(app, settings.publish_timeout)
         broker.override_environment()
         with _lock:
             if app not in _producers:
@@ -84,6 +85,13 @@ def configure(app: Celery) -> None:
 def of_producers(settings: Settings) -> Settings:
     """Return the settings with the defaults of a process that others wait for."""
     return settings if "publish_timeout" in settings.given else replace(settings, publish_timeout=PUBLISH_TIMEOUT)
+
+
+def wait_for_results(app: Celery, seconds: float) -> None:
+    """Let who sends a task, which asks Redis to tell of its result, or waits for one, try again for so many seconds while Redis is away."""
+    options = app.conf.result_backend_transport_options
+    if "retry_policy" in options:
+        app.conf.result_backend_transport_options = options | {"retry_policy": broker.LOOK_INTERVAL | {"timeout": seconds}}
 
 
 def leave_connections() -> None:
