@@ -115,7 +115,7 @@ import subprocess
 import tarfile
 import tempfile
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ansible.module_utils import lock_file, wheels
@@ -247,8 +247,10 @@ def chosen_files(source: Path, exclude: tuple[str, ...] = (), include: tuple[str
     return sorted(files, key=lambda path: path.parts)
 
 
-def required(path: Path, source: Path, extras: Iterable[str] = (), groups: Iterable[str] = ()) -> list[Line]:
-    """Return the lines of a requirements file, or what a lock file is exported as.
+def required(
+    path: Path, source: Path, extras: Iterable[str] = (), groups: Iterable[str] = (), warn: Callable[[str], None] = print
+) -> list[Line]:
+    """Return the lines of a requirements file, or what a lock file is exported as; `warn` is told of what should be known.
 
     Raises:
         BadRequirements: if it cannot be deployed.
@@ -257,7 +259,7 @@ def required(path: Path, source: Path, extras: Iterable[str] = (), groups: Itera
     if not path.exists() and (others := [name for name in (*lock_file.TOOLS, "pdm.lock") if (path.parent / name).exists()]):
         raise BadRequirements(f"there is no {path}, but {others[0]} (celery_app_requirements)")
     if path.name in lock_file.TOOLS:
-        return lock_file.requirements(path, source, list(extras), list(groups))
+        return lock_file.requirements(path, source, list(extras), list(groups), warn)
     if path.suffix == ".lock":
         raise BadRequirements(f"{path.name}: allowed are {' and '.join(lock_file.TOOLS)}; export any other as requirements.txt")
     return read(path, source)
@@ -360,7 +362,7 @@ def main() -> None:
     if not source.exists():
         module.fail_json(msg=f"cannot pack the application: there is no {source}")
     try:
-        lines = required(requirements, source, extras, groups)
+        lines = required(requirements, source, extras, groups, module.warn)
         files = chosen_files(source, exclude, include) if source.is_dir() else []
         places = [(folder, "python_path") for folder in python_path]
         places += [(line.address.removeprefix(SOURCE).strip("/"), line.origin) for line in lines if line.address.startswith(SOURCE)]

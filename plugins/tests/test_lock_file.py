@@ -101,6 +101,20 @@ def test_what_a_lock_file_does_not_have_is_refused(source: Path, extras: list[st
     assert "nothing" in str(refused.value) or not extras
 
 
+def test_one_that_cannot_be_compared_is_taken_as_it_is(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a Python that is not on the controller, and that uv could not get."""
+    lock(source)
+    for file in source.iterdir():
+        file.write_text(file.read_text().replace('">=3.11"', '">=3.99"'))
+    monkeypatch.setenv("UV_PYTHON_DOWNLOADS", "never")
+
+    told: list[str] = []
+    lines = celery_release.required(source / "uv.lock", source, warn=told.append)
+    assert [line.name for line in lines] == ["client", "queue"]
+    assert [text.partition(":")[0] for text in told] == ["uv.lock could not be compared with its pyproject.toml"]
+    assert "3.99" in told[0]
+
+
 def test_without_its_tool_a_lock_file_is_refused(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (source / "poetry.lock").write_text("")
     monkeypatch.setenv("PATH", "/nonexistent")
