@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,34 @@ PeriodicTask.objects.get_or_create(name="lend", defaults={"task": "books.tasks.l
     finally:
         node.converge()
     assert node.host.file("/etc/celery").listdir() == ["orders"]
+
+
+@pytest.fixture
+def closed(node: Node) -> Iterator[None]:
+    """Let the host reach nothing but its own network, and refuse all else at once."""
+    chain = "type filter hook output priority 0; oif lo accept; ip daddr %s accept; reject"
+    node.host.check_output("nft %s", f"table inet closed {{ chain output {{ {chain % (node.address.rpartition('.')[0] + '.0/24')}; }}; }}")
+    yield
+    node.host.check_output("nft delete table inet closed")
+
+
+@only_in_test_all
+@pytest.mark.usefixtures("closed")
+def test_a_host_that_reaches_no_package_index_gets_wheels_from_the_controller(node: Node, orders: Celery, tmp_path: Path) -> None:
+    source = tmp_path / "orders"
+    shutil.copytree(REPOSITORY / "examples/orders", source, ignore=shutil.ignore_patterns("__pycache__"))
+    with (source / "orders/tasks.py").open("a") as tasks:
+        tasks.write('\n\n@app.task\ndef greet() -> str:\n    """Show that this release runs."""\n    return "closed"\n')
+    settings = {"celery_app_source": str(source), "celery_app_build_environment": {"PIP_RETRIES": "0"}}
+    without = node.run_playbook("-e", json.dumps(settings))
+    assert without.returncode == 2
+    assert "cannot build the release, and nothing was switched" in without.stdout
+
+    node.converge("-e", json.dumps(settings | {"celery_app_vendor": True}))
+    assert orders.send_task("orders.tasks.greet", queue="default").get(timeout=20) == "closed"
+    assert not node.host.file("/opt/celery/orders/current/vendor").exists
+    assert node.converge("-e", json.dumps(settings | {"celery_app_vendor": True}))["changed"] == []
+    node.converge()
 
 
 def test_another_distribution_stops_the_run(node: Node) -> None:
