@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from ansible.module_utils.private_environment import LOGIN
 from packaging.requirements import InvalidRequirement, Requirement
 
 #: pip's own (pip/_internal/req/req_file.py): what a comment is, and which names in braces are variables of the environment.
@@ -27,8 +28,6 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
 )
 CODING = re.compile(rb"coding[:=]\s*([-\w.]+)")
-#: User and password of a URL.
-LOGIN = re.compile(r"://[^/@\s]*@")
 #: A repository at a version (…/shop@v1), or one file of any other address.
 PINNED_URL = re.compile(r"^(?:git|hg|svn|bzr)\+[^/]+://[^/]*/.+@[^@:]+$|^(?!(?:git|hg|svn|bzr)\+)\w+://")
 VERSION_CONTROL = ("git+", "hg+", "svn+", "bzr+")

@@ -281,7 +281,7 @@ def test_what_pip_is_given_is_in_no_result(tmp_path: Path) -> None:
     (tmp_path / "archive").write_text("not one")
     login = "https://robot:tok3n@example.org/simple"
     arguments = {"path": str(tmp_path / "releases/one"), "archive": str(tmp_path / "archive"), "python": "tok"}
-    arguments |= {"environment": {"PIP_INDEX_URL": login, "PIP_RETRIES": "1", "TOKEN": "tok3n-of-robot"}}  # type: ignore[dict-item]
+    arguments |= {"environment": {"PIP_INDEX_URL": login, "PIP_RETRIES": "1", "TMP": str(tmp_path), "TOKEN": "tok3n-of-robot"}}  # type: ignore[dict-item]
     ansible = [Path(sys.executable).with_name("ansible"), "localhost", "-i", "localhost,", "-c", "local", "-vvv"]
     more = ["-e", f"ansible_python_interpreter={sys.executable}", "-m", "celery_build", "-a", json.dumps(arguments)]
     environment = os.environ | {"ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg")}
@@ -290,6 +290,7 @@ def test_what_pip_is_given_is_in_no_result(tmp_path: Path) -> None:
     assert "cannot build the release, and nothing was switched" in told.stdout
     assert "tok3n" not in told.stdout + told.stderr
     assert "python: tok\n" in told.stdout
+    assert f"path: {tmp_path}/releases/one\n" in told.stdout
     assert not list((tmp_path / "releases").glob("[!.]*"))
 
 
