@@ -110,7 +110,7 @@ test-all: lint unit ## All tests, on both releases; hours
 
 DRILLS := molecule/lab/inventory
 drills: packages ## Break a lab of six hosts again and again under a stream of tasks; print what became of them
-	@rm -f .lab/drills.txt $(DRILLS)/group_vars/all/generated_moved.yml
+	@rm -f .lab/drills.txt $(DRILLS)/group_vars/all/test_moved.yml
 	$(BIN)/ansible-playbook -i $(DRILLS) playbooks/lab.yml
 	$(BIN)/ansible-playbook -i $(DRILLS) site.yml
 	DRILLS=full $(BIN)/pytest -v --ansible-inventory=$(DRILLS) --connection=ansible molecule/lab/tests; \

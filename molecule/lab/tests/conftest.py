@@ -28,7 +28,7 @@ def web(cluster: RabbitCluster) -> Iterator[Node]:
     # A further file of the inventory, as a site adds it.
     passwords = {f"celery_producer_{broker}_password": secrets.token_urlsafe(24) for broker in ("redis", "rabbitmq")}
     group = {"hosts": {"ops1": {}}, "vars": {"celery_producer_units": servers.UNITS}}
-    file = node.inventory / "generated_web.yml"
+    file = node.inventory / "test_web.yml"
     file.write_text(yaml.safe_dump({"all": {"children": {"celery_producer": group}, "vars": passwords}}))
     try:
         node.converge()

@@ -20,9 +20,9 @@ def restarts(node: Node) -> list[tuple[int, int]]:
     for unit in units:
         # With --timestamp=us+utc: "Thu 2026-11-26 02:06:54.123456 UTC".
         shown = node.host.check_output("systemctl show %s --timestamp=us+utc -p ActiveExitTimestamp -p ActiveEnterTimestamp --value", unit)
-        # One that never left its state has no time of that.
-        found = [int(datetime.strptime(line, "%a %Y-%m-%d %H:%M:%S.%f UTC").timestamp() * 1e6) for line in shown.split("\n") if line]
-        times.append((min(found), max(found)))
+        times.append(
+            tuple(sorted(int(datetime.strptime(line, "%a %Y-%m-%d %H:%M:%S.%f UTC").timestamp() * 1e6) for line in shown.split("\n")))
+        )
     return times
 
 
@@ -34,7 +34,7 @@ def test_a_site_moves_to_redis_while_tasks_flow(cluster: Cluster) -> None:
     later = cluster.application.celery_python(send)
     with Stream(cluster.application, cluster.workers, rate=10) as stream:
         # As the site's own file; the inventory's, which is kept in git, comes before it.
-        (cluster.application.inventory / "group_vars/all/generated_moved.yml").write_text("---\ncelery_broker: redis\n")
+        (cluster.application.inventory / "group_vars/all/test_moved.yml").write_text("---\ncelery_broker: redis\n")
         move()
         # The producer, as one that is not deployed from here, still sends to the other broker.
         stream.stop()
