@@ -117,6 +117,20 @@ class Conflict(BuildError):
     """What is required does not go together."""
 
 
+def finished(command: list[str], environment: Mapping[str, str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command without input to its end, in a folder; return its exit code and what it printed."""
+    return subprocess.run(  # noqa: S603
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
 class Release:
     """A release that is being built in its folder."""
 
@@ -243,17 +257,9 @@ class Release:
             Conflict: if it is pip, and what is wanted does not go together.
             BuildError: if it fails for another reason.
         """
-        completed = subprocess.run(  # noqa: S603
-            # A path of ours, unless it is absolute.
-            [str(self.path / command[0]) if "/" in command[0] else command[0], *command[1:]],
-            cwd=self.path,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )
+        # A path of ours, unless it is absolute.
+        program = str(self.path / command[0]) if "/" in command[0] else command[0]
+        completed = finished([program, *command[1:]], self.environment, self.path)
         if completed.returncode:
             output = without_logins(completed.stdout + completed.stderr)
             if "ResolutionImpossible" in output or "conflicting dependencies" in output:
@@ -317,15 +323,8 @@ def apt(*arguments: str) -> str:
     Raises:
         BuildError: if it fails.
     """
-    completed = subprocess.run(  # noqa: S603
-        ["apt-get", "--quiet", "--yes", "-o", "DPkg::Lock::Timeout=120", *arguments],  # noqa: S607
-        env=os.environ | {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"},
-        capture_output=True,
-        text=True,
-        errors="replace",
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
+    command = ["apt-get", "--quiet", "--yes", "-o", "DPkg::Lock::Timeout=120", *arguments]
+    completed = finished(command, os.environ | {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"})
     if completed.returncode:
         tail = "\n".join((completed.stdout + completed.stderr).strip().splitlines()[-TOLD:])
         raise BuildError(f"what its build needs cannot be installed or removed (celery_app_build_packages): {tail}")
